@@ -1,0 +1,105 @@
+"""Command line: python -m data_prep synthesize|convert|export|verify|stats --help."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from data_prep.checks import summary_table
+from data_prep.convert import REPORT
+from data_prep.convert import convert as convert_shards
+from data_prep.parallel import default_workers
+from data_prep.synthesize import synthesize as draw_data_set
+
+WORKERS = default_workers()
+Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+File = Annotated[Path, tyro.conf.arg(metavar="FILE")]
+
+
+def synthesize(
+    output: Folder, train: int = 2000, val: int = 200, seed: int = 0, workers: int = WORKERS
+) -> None:
+    """Draw a small data set of shapes in COCO format.
+
+    Example: python -m data_prep synthesize --output outputs/shapes --train 2000 --val 200
+
+    Args:
+        output: New folder for train/, val/ and annotations/.
+        train: Pictures in the training split.
+        val: Pictures in the validation split.
+        seed: Equal seeds give equal files.
+        workers: Processes; the files do not depend on it.
+    """
+    if draw_data_set(output, train, val, seed, workers):
+        print(f"{output}: drew {train} training and {val} validation pictures")
+    else:
+        print(f"{output}: these pictures are there already, nothing to do")
+
+
+def convert(
+    images: Folder,
+    annotations: File,
+    output: Folder,
+    shard_size_mb: int = 256,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    workers: int = WORKERS,
+    strict: bool = False,
+) -> None:
+    """Convert COCO-format images and annotations to WebDataset shards.
+
+    Example: python -m data_prep convert --images coco/train2017 --annotations
+    coco/annotations/instances_train2017.json --output shards/train2017
+
+    Args:
+        images: Folder that the file names in the annotations are relative to.
+        annotations: Annotation file in COCO's JSON format.
+        output: New folder for the shards; an interrupted conversion is continued.
+        shard_size_mb: Start another shard at this size in MiB...
+        samples_per_shard: ...or at this number of images.
+        seed: Images are shuffled by it.
+        workers: Processes; the shards do not depend on it.
+        strict: Fail on any problem, instead of leaving unusable images out.
+    """
+    result = convert_shards(
+        images,
+        annotations,
+        output,
+        shard_size_mb=shard_size_mb,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        workers=workers,
+        strict=strict,
+    )
+    manifest = result.manifest
+    if not result.fresh:
+        print(f"{output}: these shards are there already, nothing to do")
+    if result.problems:
+        print(summary_table(result.problems))
+        print(f"details: {output / REPORT}")
+    print(
+        f"{output}: {manifest.num_images} images with {manifest.num_annotations} annotations in "
+        f"{len(manifest.shards)} shards; {len(manifest.quarantined)} images left out"
+    )
+    print(f"digest {manifest.digest}")
+
+
+def main() -> None:
+    """Run a subcommand; a user's mistake is one line on stderr and exit status 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"synthesize": synthesize, "convert": convert},
+            prog="python -m data_prep",
+            description="COCO-format data to WebDataset shards and back.",
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What can be wrong with an image or an annotation, found cheaply and named.
+
+An image is judged by its header and its end marker; pixels are decoded only on request.
+"""
+
+import io
+import math
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+# PIL's name of a format -> the extension of the tar member. Others are refused: PIL would
+# start helper programs for some of them.
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",  # a JPEG with further pictures behind it, as some cameras write
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "TIFF": "tiff",
+    "GIF": "gif",
+}
+# Published boxes stick out of their images by rounding; more than this is a mistake.
+BOX_TOLERANCE = 1.0  # pixels
+
+
+class Problem(NamedTuple):
+    """One finding. The ids are None where the finding has none."""
+
+    kind: str
+    image_id: int | None
+    annotation_id: Any
+    detail: str
+
+
+class ImageHeader(NamedTuple):
+    """Extension of the tar member without dot, and size in pixels as stored."""
+
+    extension: str
+    width: int
+    height: int
+
+
+def read_image_header(data: bytes) -> ImageHeader:
+    """Format and size of an encoded image that has a beginning and an end.
+
+    Raises:
+        ValueError: not an image of a known format, or cut short.
+    """
+    try:
+        with _opened(data) as image:
+            header = ImageHeader(EXTENSIONS[str(image.format)], image.width, image.height)
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise ValueError(f"{reason} ({len(data)} bytes)") from None
+    # In the coded part of a JPEG 0xFF is always escaped, so an end marker behind the start of
+    # the scan is the real one. (Before it there may be a thumbnail with an end of its own.)
+    if header.extension == "jpg" and data.rfind(b"\xff\xd9") < data.find(b"\xff\xda"):
+        raise ValueError(f"truncated: no end-of-image marker in {len(data)} bytes")
+    if header.extension == "png" and b"IEND" not in data[-64:]:
+        raise ValueError(f"truncated: no IEND chunk at the end of {len(data)} bytes")
+    return header
+
+
+def decode_image(data: bytes) -> None:
+    """Decode every pixel.
+
+    Raises:
+        ValueError: the decoder fails.
+    """
+    try:
+        with _opened(data) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        raise ValueError(str(error)) from None
+
+
+def _opened(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        # A picture over PIL's limit is refused, not announced.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(str(error)) from None
+
+
+def size_mismatch(
+    recorded: tuple[int | None, int | None], actual: tuple[int, int], name: str
+) -> str | None:
+    """What is wrong if a record gives another (width, height) than its file has."""
+    if any(
+        told is not None and told != found for told, found in zip(recorded, actual, strict=True)
+    ):
+        turned = " (turned: is the file rotated by EXIF?)" if recorded == actual[::-1] else ""
+        told = "x".join(str(side) for side in recorded)
+        return f"record says {told}, {name} is {actual[0]}x{actual[1]}{turned}"
+    return None
+
+
+def annotation_problems(
+    annotation: Any, size: tuple[int, int], categories: Container[int]
+) -> Iterator[tuple[str, str]]:
+    """Yield (kind, detail) of what is wrong with an annotation of an image of (width, height)."""
+    category = annotation.get("category_id")
+    # 1.0 and True equal 1 in Python, but are not ids.
+    if type(category) is not int or category not in categories:
+        yield "unknown category", f"category_id {category!r:.60} is not in categories"
+    area = annotation.get("area")
+    if isinstance(area, int | float) and not _finite(area):
+        yield "non-finite number", f"area is {area!r:.60}"
+    box = annotation.get("bbox")
+    if not (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
+    ):
+        yield "no box", f"bbox is {box!r:.60}, expected [x, y, width, height]"
+        return
+    if not all(_finite(v) for v in box):
+        yield "non-finite number", f"bbox is {box!r:.100}"
+        return
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        yield "degenerate box", f"bbox {box} has no area"
+    elif (
+        min(x, y) < -BOX_TOLERANCE
+        or x + width > size[0] + BOX_TOLERANCE
+        or y + height > size[1] + BOX_TOLERANCE
+    ):
+        yield "box outside image", f"bbox {box} in an image of {size[0]}x{size[1]}"
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
+
+
+def summary_table(problems: Iterable[Problem], examples: int = 5) -> str:
+    """A table of problem kinds with counts and the first ids, images before annotations."""
+    problems = list(problems)
+    rows = [("problem", "count", "first ids")]
+    for kind, count in sorted(Counter(problem.kind for problem in problems).items()):
+        named = [
+            f"annotation {problem.annotation_id}"
+            if problem.annotation_id is not None
+            else f"image {problem.image_id}"
+            for problem in problems
+            if problem.kind == kind
+        ][:examples]
+        rows.append((kind, str(count), ", ".join(named) + (", ..." if count > examples else "")))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows)

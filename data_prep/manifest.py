@@ -1,0 +1,131 @@
+"""`manifest.json`: what a folder of shards holds, and where in them each sample is.
+
+It is written last and at once, so a folder that has one is complete.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT, VERSION = "coco-webdataset", 1
+NAME = "manifest.json"
+COLUMNS = ("shard", "offset", "length", "width", "height", "id", "annotations")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The fields of manifest.json; see docs/data.md for each.
+
+    `samples` maps each of COLUMNS to a list of integers, one a sample, in shard order.
+    """
+
+    digest: str
+    header: dict[str, Any]
+    categories: list[dict[str, Any]]
+    num_images: int
+    num_annotations: int
+    quarantined: list[dict[str, Any]]
+    orphan_annotations: list[dict[str, Any]]
+    source: dict[str, str]
+    shards: list[dict[str, Any]]
+    samples: dict[str, list[int]]
+
+
+def data_digest(header: dict[str, Any], shard_digests: list[str]) -> str:
+    """The identity of the data: hex SHA-256 over header and shard digests, in order."""
+    content = [FORMAT, VERSION, header, shard_digests]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder/manifest.json` by way of a temporary file."""
+    content = {"format": FORMAT, "version": VERSION} | asdict(manifest)
+    write_json(folder / NAME, content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that `path` never holds a part of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder/manifest.json`; the shards themselves are not looked at.
+
+    Raises:
+        ValueError: the folder is no complete folder of shards of this version.
+    """
+    path = folder / NAME
+    if not folder.is_dir():
+        raise ValueError(f"shard folder {folder} does not exist; make it with data_prep convert")
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a folder of shards: it has no {NAME} (unfinished conversions have "
+            "none; run convert again)"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f'{path} is not a manifest of shards: its format is not "{FORMAT}"')
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {content.get('version')!r:.40}, expected {VERSION}; convert again"
+        )
+    fields = {name: content.get(name) for name in Manifest.__dataclass_fields__}
+    absent = [name for name, value in fields.items() if value is None]
+    if absent:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(absent)}")
+    manifest = Manifest(**fields)  # type: ignore[arg-type]
+    why = _inconsistency(manifest)
+    if why:
+        raise ValueError(f"{path} is damaged: {why}")
+    return manifest
+
+
+def _inconsistency(manifest: Manifest) -> str | None:
+    """Why a manifest cannot be right, judged by itself."""
+    samples, shards = manifest.samples, manifest.shards
+    if not isinstance(samples, dict) or set(samples) != set(COLUMNS):
+        return f"samples must have the columns {', '.join(COLUMNS)}"
+    for name, column in samples.items():
+        if not isinstance(column, list) or len(column) != manifest.num_images:
+            return f"column {name} must have {manifest.num_images} entries"
+        if not all(type(value) is int for value in column):
+            return f"column {name} must hold integers"
+    if not isinstance(shards, list) or not all(
+        isinstance(shard, dict)
+        and isinstance(shard.get("name"), str)
+        and isinstance(shard.get("sha256"), str)
+        and type(shard.get("samples")) is int
+        and type(shard.get("bytes")) is int
+        for shard in shards
+    ):
+        return "shards must have name, samples, bytes and sha256"
+    if any("/" in shard["name"] or shard["name"].startswith(".") for shard in shards):
+        return "a shard's name must be a plain file name"
+    expected = [i for i, shard in enumerate(shards) for _ in range(shard["samples"])]
+    if samples["shard"] != expected:
+        return "the column shard does not match the shards' numbers of samples"
+    for i, offset, length in zip(
+        samples["shard"], samples["offset"], samples["length"], strict=True
+    ):
+        if offset < 0 or length <= 0 or offset + length > shards[i]["bytes"]:
+            return f"bytes {offset}+{length} are not inside {shards[i]['name']}"
+    if sum(samples["annotations"]) != manifest.num_annotations:
+        return f"annotations do not sum to {manifest.num_annotations}"
+    if not isinstance(manifest.header, dict) or manifest.header.get("categories") is None:
+        return "header must have categories"
+    if manifest.categories != manifest.header["categories"]:
+        return "categories differ from those in the header"
+    if data_digest(manifest.header, [shard["sha256"] for shard in shards]) != manifest.digest:
+        return "the digest does not match header and shards"
+    return None
