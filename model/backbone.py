@@ -1,0 +1,132 @@
+"""Backbones: images [N, 3, H, W] to the feature maps of stages C3, C4, C5 (or C5 alone)."""
+
+from itertools import pairwise
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d
+
+from model.config import ModelConfig
+from model.precision import full_precision
+
+
+class FrozenNormConv2d(nn.Conv2d):
+    """A convolution without bias and the frozen batch norm after it, as one convolution.
+
+    With s = weight / sqrt(variance + eps) the norm of the output is a convolution by s W with
+    bias - s mean added, so no pass over the activations is spent on it, nor memory for backward.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+        assert conv.bias is None
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=False,
+        )
+        self.weight = conv.weight
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = full_precision(self.norm.running_var)
+        scale = full_precision(self.norm.weight) * (variance + self.norm.eps).rsqrt()
+        shift = full_precision(self.norm.bias) - full_precision(self.norm.running_mean) * scale
+        weight = self.weight * scale[:, None, None, None]
+        return self._conv_forward(x, weight.to(x.dtype), shift.to(x.dtype))
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet with frozen batch norm; stem and first stage are not trained.
+
+    `multi_level` gives C3-C5 at strides 8, 16, 32, else C5 alone; `dilation` makes C5 stride 16.
+    """
+
+    def __init__(self, name: str, dilation: bool, multi_level: bool) -> None:
+        super().__init__()
+        net = getattr(torchvision.models, name)(
+            weights=None,
+            norm_layer=FrozenBatchNorm2d,
+            replace_stride_with_dilation=[False, False, dilation],
+        )
+        _fold_norms(net)
+        self.conv1, self.relu, self.maxpool = net.conv1, net.relu, net.maxpool
+        self.layer1, self.layer2 = net.layer1, net.layer2
+        self.layer3, self.layer4 = net.layer3, net.layer4
+        self.multi_level = multi_level
+        self.channels = [512, 1024, 2048] if multi_level else [2048]
+        self.conv1.requires_grad_(False)
+        self.layer1.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        c2 = self.layer1(self.maxpool(self.relu(self.conv1(images))))
+        c3 = self.layer2(c2)
+        c4 = self.layer3(c3)
+        c5 = self.layer4(c4)
+        return [c3, c4, c5] if self.multi_level else [c5]
+
+
+class TinyBackbone(nn.Module):
+    """A stem and four basic residual blocks with trained batch norm, for small images on a CPU."""
+
+    def __init__(self, multi_level: bool) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(inplace=True),
+        )
+        widths = [24, 32, 64, 96, 128]
+        self.stages = nn.ModuleList(
+            _residual_stage(inputs, outputs) for inputs, outputs in pairwise(widths)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.multi_level = multi_level
+        self.channels = widths[2:] if multi_level else widths[4:]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.stem(images)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps[1:] if self.multi_level else maps[3:]
+
+
+def build_backbone(config: ModelConfig) -> ResNet | TinyBackbone:
+    """The backbone `config` names, its weights in channels-last order."""
+    multi_level = config.num_levels > 1
+    backbone: ResNet | TinyBackbone
+    if config.backbone == "tiny":
+        backbone = TinyBackbone(multi_level)
+    else:
+        backbone = ResNet(config.backbone, config.dilation, multi_level)
+    return backbone.to(memory_format=torch.channels_last)
+
+
+def _residual_stage(inputs: int, outputs: int) -> nn.Module:
+    shortcut = nn.Sequential(
+        nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs)
+    )
+    return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
+
+
+def _fold_norms(net: nn.Module) -> None:
+    """Replace every (convolution, frozen norm) of a torchvision ResNet by one module."""
+    for block in list(net.modules()):
+        for index in (1, 2, 3):
+            if hasattr(block, f"bn{index}"):
+                conv, norm = getattr(block, f"conv{index}"), getattr(block, f"bn{index}")
+                setattr(block, f"conv{index}", FrozenNormConv2d(conv, norm))
+                setattr(block, f"bn{index}", nn.Identity())
+        shortcut = getattr(block, "downsample", None)
+        if shortcut is not None:
+            block.downsample = FrozenNormConv2d(shortcut[0], shortcut[1])

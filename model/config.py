@@ -1,0 +1,98 @@
+"""The detector's configuration: every number that changes the network or its loss."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+BackboneName = Literal["resnet50", "resnet101", "tiny"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Deformable DETR and its loss; the defaults are the paper's ResNet-50 model (section 5).
+
+    Raises `ValueError` for a value that no model can be built from.
+    """
+
+    num_classes: int = 91
+    """Columns of the classification head. COCO's own category ids end at 90, hence 91."""
+    num_queries: int = 300
+    """Detections per image before the top ones are taken; in two-stage the proposals kept."""
+    backbone: BackboneName = "resnet50"
+    """`tiny` is a small network for training from scratch on a CPU."""
+    dilation: bool = False
+    """DC5: the last stage keeps stride 16 and dilates its convolutions instead."""
+    num_levels: int = 4
+    """Feature maps L. 1 is the last stage alone; from 3 on stages C3-C5, then stride-2 ones."""
+    hidden_dim: int = 256
+    num_heads: int = 8
+    num_points: int = 4
+    """Sampling points K for each head and level."""
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    feedforward_dim: int = 1024
+    dropout: float = 0.1
+    box_refine: bool = False
+    """Iterative bounding box refinement (A.4): each decoder layer corrects the boxes before it."""
+    two_stage: bool = False
+    """Queries come from the best-scoring encoder tokens (A.4). Implies refinement."""
+    proposal_scale: float = 0.05
+    """Side of a first-stage proposal on the finest level, relative to the image."""
+    activation_checkpointing: bool = False
+    """Recompute the transformer layers in the backward pass: less memory, more time."""
+
+    focal_alpha: float = 0.25
+    class_weight: float = 2.0
+    bbox_weight: float = 5.0
+    giou_weight: float = 2.0
+    class_cost: float = 2.0
+    bbox_cost: float = 5.0
+    giou_cost: float = 2.0
+    auxiliary_loss: bool = True
+    """Supervise every decoder layer, not the last alone."""
+
+    @property
+    def refines(self) -> bool:
+        """Whether each decoder layer has heads of its own and corrects the boxes."""
+        return self.box_refine or self.two_stage
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_classes",
+            "num_queries",
+            "hidden_dim",
+            "num_heads",
+            "num_points",
+            "encoder_layers",
+            "decoder_layers",
+            "feedforward_dim",
+        ):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        names = get_args(BackboneName)
+        _require(self, "backbone", self.backbone in names, f"one of {', '.join(names)}")
+        _require(self, "num_levels", self.num_levels == 1 or self.num_levels >= 3, "1, or 3 and up")
+        _require(
+            self,
+            "hidden_dim",
+            self.hidden_dim % 32 == 0 and self.hidden_dim % self.num_heads == 0,
+            f"a multiple of 32 (group norm) and of num_heads={self.num_heads}",
+        )
+        _require(self, "dropout", 0 <= self.dropout < 1, "0 <= dropout < 1")
+        _require(self, "focal_alpha", 0 <= self.focal_alpha <= 1, "0 <= focal_alpha <= 1")
+        _require(self, "proposal_scale", 0 < self.proposal_scale < 1, "0 < proposal_scale < 1")
+        for name in ("weight", "cost"):
+            for term in ("class", "bbox", "giou"):
+                value = getattr(self, f"{term}_{name}")
+                _require(self, f"{term}_{name}", 0 <= value < math.inf, "a finite number >= 0")
+        if self.dilation and self.backbone == "tiny":
+            raise ValueError("dilation: got True with backbone tiny, expected a ResNet")
+        if self.refines and not self.auxiliary_loss:
+            raise ValueError(
+                "auxiliary_loss: got False with box refinement, expected True: "
+                "the boxes of earlier layers would never be trained"
+            )
+
+
+def _require(config: ModelConfig, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: got {getattr(config, name)!r}, expected {expected}")

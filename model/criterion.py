@@ -1,0 +1,145 @@
+"""The set prediction loss: focal classification, L1 and generalised IoU on matched pairs.
+
+D decoder layers, N batch, Q queries, T boxes of the whole batch, P matched pairs.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.boxes import cxcywh_to_xyxy, generalized_iou
+from model.config import ModelConfig
+from model.matcher import Layers, Matches, Truth, match
+from model.precision import full_precision
+
+Targets = list[dict[str, Tensor]]
+
+
+class Criterion(nn.Module):
+    """Matches every layer's predictions to the ground truth and sums the losses of the pairs.
+
+    Computed in float32 at the least, whatever precision the model ran in.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weights = {
+            "loss_ce": config.class_weight,
+            "loss_bbox": config.bbox_weight,
+            "loss_giou": config.giou_weight,
+        }
+
+    def forward(
+        self, outputs: dict[str, Any], targets: Targets, num_boxes: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        outputs: of the model. targets: for each image `labels` [n] int64 below `num_classes` and
+        `boxes` [n, 4], normalised (cx, cy, w, h), n may be 0. num_boxes: what every loss is
+        divided by, instead of `count_boxes(targets)`; give it to spread a batch over several
+        calls. Returns unweighted `loss_ce`, `loss_bbox`, `loss_giou` of the last layer, with
+        `_0`, ... of the layers before and `_enc` of the first stage, and `loss`, the weighted sum
+        of them all. The first stage is class agnostic: its labels are all 0. Raises ValueError
+        if there is not one target for each image, FloatingPointError if predictions are NaN.
+        """
+        last = outputs["pred_boxes"]
+        if len(targets) != len(last):
+            raise ValueError(f"targets: got {len(targets)}, expected one for each of {len(last)}")
+        truth = gather_truth(targets, last)
+        if num_boxes is None:
+            num_boxes = count_boxes(targets, last.device)
+        groups = _layer_groups(outputs, truth)
+        losses: dict[str, Tensor] = {}
+        total = last.new_zeros(())
+        for group, matches in zip(groups, match(groups, truth, self.config), strict=True):
+            for name, values in self._losses(group, matches, truth).items():
+                values = values / num_boxes
+                total = total + self.weights[name] * values.sum()
+                for suffix, value in zip(group.names, values.unbind(), strict=True):
+                    losses[name + suffix] = value
+        losses["loss"] = total
+        return losses
+
+    def _losses(self, group: Layers, matches: Matches, truth: Truth) -> dict[str, Tensor]:
+        """The three losses, summed over each layer: [D] each."""
+        layers = len(group.names)
+        layer, query, target = matches
+        image = truth.image[target]
+        logits = full_precision(group.logits)
+        matched = logits[layer, image, query, group.labels[target]]
+        boxes, wanted = group.boxes[layer, image, query], truth.boxes[target]
+
+        # Every class of every query counts as a negative, then the matched ones are corrected.
+        alpha = self.config.focal_alpha
+        background = _negative_term(logits, alpha).flatten(1).sum(1)
+        correction = _positive_term(matched, alpha) - _negative_term(matched, alpha)
+        overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+        return {
+            "loss_ce": background + correction.view(layers, -1).sum(1),
+            "loss_bbox": (boxes - wanted).abs().view(layers, -1).sum(1),
+            "loss_giou": (1 - overlap).view(layers, -1).sum(1),
+        }
+
+
+def build_criterion(config: ModelConfig) -> nn.Module:
+    """The loss that trains `build_model(config)`."""
+    return Criterion(config)
+
+
+def count_boxes(targets: Targets, device: torch.device) -> Tensor:
+    """Mean number of boxes in a process's batch, over all processes, at least 1; a scalar."""
+    count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count /= torch.distributed.get_world_size()
+    return count.clamp(min=1)
+
+
+def gather_truth(targets: Targets, like: Tensor) -> Truth:
+    """Join the images' targets, with boxes in the precision and on the device of `like`."""
+    counts = [len(target["labels"]) for target in targets]
+    image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return Truth(
+        image=image.to(like.device, non_blocking=True),
+        labels=torch.cat([target["labels"] for target in targets]).to(like.device),
+        boxes=torch.cat([target["boxes"] for target in targets]).to(like),
+        counts=counts,
+    )
+
+
+def _layer_groups(outputs: dict[str, Any], truth: Truth) -> list[Layers]:
+    earlier = outputs.get("aux_outputs", [])
+    layers = [*earlier, outputs]
+    groups = [
+        Layers(
+            names=[f"_{index}" for index in range(len(earlier))] + [""],
+            logits=torch.stack([layer["pred_logits"] for layer in layers]),
+            boxes=torch.stack([layer["pred_boxes"] for layer in layers]),
+            labels=truth.labels,
+        )
+    ]
+    if "enc_outputs" in outputs:
+        first = outputs["enc_outputs"]
+        groups.append(
+            Layers(
+                names=["_enc"],
+                logits=first["pred_logits"][None],
+                boxes=first["pred_boxes"][None],
+                labels=torch.zeros_like(truth.labels),
+            )
+        )
+    return groups
+
+
+def _positive_term(logits: Tensor, alpha: float) -> Tensor:
+    """Focal loss of a class that is there, gamma = 2."""
+    return alpha * (1 - logits.sigmoid()) ** 2 * -F.logsigmoid(logits)
+
+
+def _negative_term(logits: Tensor, alpha: float) -> Tensor:
+    """Focal loss of a class that is not there, gamma = 2."""
+    return (1 - alpha) * logits.sigmoid() ** 2 * -F.logsigmoid(-logits)

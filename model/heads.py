@@ -1,0 +1,75 @@
+"""Prediction heads: classes and boxes of queries (A.3). N batch, Q queries, C model width."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from model.boxes import inverse_sigmoid
+from model.config import ModelConfig
+from model.precision import full_precision
+
+PRIOR_PROBABILITY = 0.01
+"""Foreground probability at the start (focal loss paper, section 3.3)."""
+
+
+class BoxHead(nn.Module):
+    """Three linear layers to the four numbers of a box, which start at 0."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(inplace=True),
+        )
+        self.output = nn.Linear(hidden_dim, 4)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def start_sizes_at(self, logit: float) -> None:
+        """Let width and height start at sigmoid(`logit`) of the image."""
+        nn.init.constant_(self.output.bias[2:], logit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, Q, C] to [N, Q, 4] in float32 at the least."""
+        return full_precision(self.output(self.hidden(x)))
+
+
+class Heads(nn.Module):
+    """A class and a box head for each decoder layer, and for the first stage after them.
+
+    Without refinement all decoder layers share one pair. Pairs start as copies of each other,
+    but for a head that gives whole boxes rather than corrections: w and h start at sigmoid(-2).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        copies = config.decoder_layers if config.refines else 1
+        copies += int(config.two_stage)
+        classes = nn.Linear(config.hidden_dim, config.num_classes)
+        nn.init.constant_(classes.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        boxes = BoxHead(config.hidden_dim)
+        self.classes = nn.ModuleList(copy.deepcopy(classes) for _ in range(copies))
+        self.boxes = nn.ModuleList(copy.deepcopy(boxes) for _ in range(copies))
+        self.shared = not config.refines
+        if not config.two_stage:
+            first = self.boxes[0]
+            assert isinstance(first, BoxHead)
+            first.start_sizes_at(-2.0)
+
+    def forward(self, layer: int, state: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [N, Q, classes] and boxes [N, Q, 4] of one decoder layer.
+
+        state [N, Q, C]; references [N, Q, 2 or 4] in [0, 1], as points or boxes.
+        """
+        index = 0 if self.shared else layer
+        base = inverse_sigmoid(references)
+        change = self.boxes[index](state)
+        if references.shape[-1] == 2:
+            change = torch.cat((change[..., :2] + base, change[..., 2:]), dim=-1)
+        else:
+            change = change + base
+        return self.classes[index](state), change.sigmoid()

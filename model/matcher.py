@@ -1,0 +1,119 @@
+"""One-to-one matching of predictions and ground truth (DETR, section 3.1; focal class cost).
+
+D decoder layers, N batch, Q queries, T boxes of the whole batch, P matched pairs.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from model.boxes import cxcywh_to_xyxy, generalized_iou
+from model.config import ModelConfig
+from model.precision import full_precision
+
+COST_ALPHA = 0.25
+"""The published matcher fixes the focal alpha of its cost, whatever the loss's."""
+
+
+class Truth(NamedTuple):
+    """The batch's ground truth in one piece."""
+
+    image: Tensor
+    """[T] int64, the image each box belongs to; ascending."""
+    labels: Tensor
+    """[T] int64."""
+    boxes: Tensor
+    """[T, 4] normalised (cx, cy, w, h)."""
+    counts: list[int]
+    """Boxes of each image."""
+
+
+class Layers(NamedTuple):
+    """Predictions of D layers with the same queries, and the labels they are to be given."""
+
+    names: list[str]
+    """The suffix of each layer's losses: "" for the last, "_0" ... before it, "_enc"."""
+    logits: Tensor
+    """[D, N, Q, classes]."""
+    boxes: Tensor
+    """[D, N, Q, 4] normalised (cx, cy, w, h), float32 at the least."""
+    labels: Tensor
+    """[T] int64: the truth's own, or zeros for the class-agnostic first stage."""
+
+
+class Matches(NamedTuple):
+    """P matched pairs, layer after layer, the same number in each."""
+
+    layer: Tensor
+    query: Tensor
+    target: Tensor
+
+
+@torch.no_grad()
+def match(groups: list[Layers], truth: Truth, config: ModelConfig) -> list[Matches]:
+    """The cheapest assignment of each image's boxes to its queries, for each layer of each group.
+
+    An image with more boxes than queries leaves the dearest boxes out. All costs go to the host
+    in one copy. Raises `FloatingPointError` naming the tensors where a cost is not a number.
+    """
+    costs = [matching_cost(group, truth, config) for group in groups]
+    on_host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+    sizes = [cost.numel() for cost in costs]
+    blocks = np.split(on_host, np.cumsum(sizes)[:-1])
+    try:
+        pairs = [
+            _assign(block.reshape(cost.shape), truth.counts)
+            for block, cost in zip(blocks, costs, strict=True)
+        ]
+    except ValueError as error:
+        raise FloatingPointError(_describe_non_finite(groups, truth)) from error
+    device = truth.boxes.device
+    indices = torch.from_numpy(np.concatenate(pairs, axis=1)).to(device, non_blocking=True)
+    return [Matches(*part) for part in indices.split([pair.shape[1] for pair in pairs], dim=1)]
+
+
+def matching_cost(group: Layers, truth: Truth, config: ModelConfig) -> Tensor:
+    """Cost of giving each box to each query of its own image: [T, D, Q].
+
+    Classes by the difference of the focal terms, boxes by L1 distance and generalised IoU.
+    """
+    logits = full_precision(group.logits[:, truth.image, :, group.labels])
+    boxes = group.boxes[:, truth.image].transpose(0, 1)
+    probability = logits.sigmoid()
+    positive = COST_ALPHA * (1 - probability) ** 2 * -(probability + 1e-8).log()
+    negative = (1 - COST_ALPHA) * probability**2 * -(1 - probability + 1e-8).log()
+    target = truth.boxes[:, None, None]
+    distance = (boxes - target).abs().sum(-1)
+    overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target))
+    return (
+        config.bbox_cost * distance
+        + config.class_cost * (positive - negative)
+        - config.giou_cost * overlap
+    )
+
+
+def _assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
+    """cost [T, D, Q] to matched (layer, query, target): [3, P] int64, layer after layer."""
+    pairs = []
+    for layer in range(cost.shape[1]):
+        start = 0
+        for count in counts:
+            if count:
+                rows, queries = linear_sum_assignment(cost[start : start + count, layer])
+                pairs.append(np.stack((np.full_like(rows, layer), queries, rows + start)))
+            start += count
+    return np.concatenate(pairs, axis=1) if pairs else np.zeros((3, 0), dtype=np.int64)
+
+
+def _describe_non_finite(groups: list[Layers], truth: Truth) -> str:
+    tensors = {"target boxes": truth.boxes}
+    for group in groups:
+        for name, logits, boxes in zip(group.names, group.logits, group.boxes, strict=True):
+            tensors[f"pred_logits{name}"] = logits
+            tensors[f"pred_boxes{name}"] = boxes
+    counts = {name: int((~x.isfinite()).sum()) for name, x in tensors.items()}
+    found = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
+    return f"the matching cost is not finite; numbers that are not: {found or 'in the cost alone'}"

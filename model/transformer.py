@@ -1,0 +1,87 @@
+"""Encoder and decoder layers (section 4.1). N batch, Q queries, S tokens, L levels, C width."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from model.attention import DeformableAttention, SelfAttention
+from model.config import ModelConfig
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a residual connection and a layer norm."""
+
+    def __init__(self, hidden_dim: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
+        self.activation = nn.ReLU(inplace=True)
+        self.inner_dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(hidden_dim)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner_dropout(self.activation(self.linear1(x)))
+        return self.norm(x + self.dropout(self.linear2(hidden)))
+
+
+class EncoderLayer(nn.Module):
+    """Every token attends to points around itself on all levels; then a feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = _deformable_attention(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.feedforward = FeedForward(config.hidden_dim, config.feedforward_dim, config.dropout)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        references: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        padding: Tensor,
+    ) -> Tensor:
+        """tokens, position [N, S, C]; references [N, S, L, 2]; padding [N, S]. Gives [N, S, C]."""
+        attended = self.attention(tokens + position, references, tokens, shapes, padding)
+        return self.feedforward(self.norm(tokens + self.dropout(attended)))
+
+
+class DecoderLayer(nn.Module):
+    """Queries attend to each other, then to points around their references; then a feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(config.hidden_dim, config.num_heads, config.dropout)
+        self.self_dropout = nn.Dropout(config.dropout)
+        self.self_norm = nn.LayerNorm(config.hidden_dim)
+        self.cross_attention = _deformable_attention(config)
+        self.cross_dropout = nn.Dropout(config.dropout)
+        self.cross_norm = nn.LayerNorm(config.hidden_dim)
+        self.feedforward = FeedForward(config.hidden_dim, config.feedforward_dim, config.dropout)
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        references: Tensor,
+        memory: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        padding: Tensor,
+    ) -> Tensor:
+        """content, position [N, Q, C]; references [N, Q, L, 2 or 4]; memory [N, S, C]; padding
+        [N, S]. Gives [N, Q, C]."""
+        attended = self.self_attention(content, position)
+        content = self.self_norm(content + self.self_dropout(attended))
+        attended = self.cross_attention(content + position, references, memory, shapes, padding)
+        content = self.cross_norm(content + self.cross_dropout(attended))
+        return self.feedforward(content)
+
+
+def _deformable_attention(config: ModelConfig) -> DeformableAttention:
+    return DeformableAttention(
+        config.hidden_dim, config.num_heads, config.num_levels, config.num_points
+    )
