@@ -9,8 +9,12 @@ import tyro
 from data_prep.checks import summary_table
 from data_prep.convert import REPORT
 from data_prep.convert import convert as convert_shards
+from data_prep.export import export as export_annotations
 from data_prep.parallel import default_workers
+from data_prep.stats import collect, save_plots, tables
 from data_prep.synthesize import synthesize as draw_data_set
+from data_prep.verify import DAMAGE
+from data_prep.verify import verify as verify_shards
 
 WORKERS = default_workers()
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
@@ -85,11 +89,79 @@ def convert(
     print(f"digest {manifest.digest}")
 
 
+def export(shards: tyro.conf.Positional[Folder], output: File) -> None:
+    """Write back the annotation file that shards were made from.
+
+    Example: python -m data_prep export shards/train2017 --output instances_train2017.json
+
+    Args:
+        shards: Folder made by convert.
+        output: Annotation file to write; must not exist.
+    """
+    manifest = export_annotations(shards, output)
+    count = manifest.num_annotations + len(manifest.orphan_annotations)
+    print(f"{output}: {manifest.num_images} images, {count} annotations")
+    if manifest.quarantined:
+        first = ", ".join(str(row["image_id"]) for row in manifest.quarantined[:5])
+        print(
+            f"not in it: {len(manifest.quarantined)} images that conversion left out, with their "
+            f"annotations (ids {first}{', ...' if len(manifest.quarantined) > 5 else ''})"
+        )
+
+
+def verify(
+    shards: tyro.conf.Positional[Folder], decode: bool = False, workers: int = WORKERS
+) -> None:
+    """Check shards against their manifest, and what is in them; status 2 if they are damaged.
+
+    Example: python -m data_prep verify shards/train2017
+
+    Args:
+        shards: Folder made by convert.
+        decode: Decode every image too, which finds damage that was there before converting.
+        workers: Processes.
+    """
+    problems = verify_shards(shards, decode=decode, workers=workers)
+    if problems:
+        print(summary_table(problems))
+    damage = [problem for problem in problems if problem.kind in DAMAGE]
+    if damage:
+        raise ValueError(
+            f"{shards} is damaged, {len(damage)} findings, the first: "
+            f"{damage[0].kind}: {damage[0].detail}"
+        )
+    print(f"{shards}: shards, index and samples are as the manifest says")
+
+
+def stats(
+    shards: tyro.conf.Positional[Folder],
+    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+) -> None:
+    """Print tables of classes, sizes and shapes, and save plots of them.
+
+    Example: python -m data_prep stats shards/train2017 --output outputs/stats
+
+    Args:
+        shards: Folder made by convert.
+        output: Folder for the plots; without it, no plots.
+    """
+    collected = collect(shards)
+    print(tables(collected))
+    if output is not None:
+        print("plots: " + ", ".join(str(path) for path in save_plots(collected, output)))
+
+
 def main() -> None:
     """Run a subcommand; a user's mistake is one line on stderr and exit status 2."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"synthesize": synthesize, "convert": convert},
+            {
+                "synthesize": synthesize,
+                "convert": convert,
+                "export": export,
+                "verify": verify,
+                "stats": stats,
+            },
             prog="python -m data_prep",
             description="COCO-format data to WebDataset shards and back.",
         )

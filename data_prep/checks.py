@@ -5,13 +5,14 @@ An image is judged by its header and its end marker; pixels are decoded only on 
 
 import io
 import math
-import struct
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
+
+Result = TypeVar("Result")
 
 # PIL's name of a format -> the extension of the tar member. Others are refused: PIL would
 # start helper programs for some of them.
@@ -51,15 +52,9 @@ def read_image_header(data: bytes) -> ImageHeader:
     Raises:
         ValueError: not an image of a known format, or cut short.
     """
-    try:
-        with _opened(data) as image:
-            header = ImageHeader(EXTENSIONS[str(image.format)], image.width, image.height)
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise ValueError(f"{reason} ({len(data)} bytes)") from None
-    # In the coded part of a JPEG 0xFF is always escaped, so an end marker behind the start of
-    # the scan is the real one. (Before it there may be a thumbnail with an end of its own.)
-    if header.extension == "jpg" and data.rfind(b"\xff\xd9") < data.find(b"\xff\xda"):
+    header = _with_image(data, lambda i: ImageHeader(EXTENSIONS[str(i.format)], i.width, i.height))
+    # In the coded part of a JPEG 0xFF is always escaped, so an end marker there is a real one.
+    if header.extension == "jpg" and b"\xff\xd9" not in data[_scan_start(data) :]:
         raise ValueError(f"truncated: no end-of-image marker in {len(data)} bytes")
     if header.extension == "png" and b"IEND" not in data[-64:]:
         raise ValueError(f"truncated: no IEND chunk at the end of {len(data)} bytes")
@@ -72,21 +67,38 @@ def decode_image(data: bytes) -> None:
     Raises:
         ValueError: the decoder fails.
     """
+    _with_image(data, lambda image: image.load())
+
+
+def _with_image(data: bytes, read: Callable[[Image.Image], Result]) -> Result:
     try:
-        with _opened(data) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
-        raise ValueError(str(error)) from None
+        with warnings.catch_warnings():
+            # A picture over PIL's limit of pixels is refused, not announced.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)) as image:
+                return read(image)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not an image of a known format ({len(data)} bytes)") from None
+    except Exception as error:  # damaged files trip PIL's parsers in every way there is
+        raise ValueError(f"{error or type(error).__name__} ({len(data)} bytes)") from None
 
 
-def _opened(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        # A picture over PIL's limit is refused, not announced.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ValueError(str(error)) from None
+def _scan_start(data: bytes) -> int:
+    """Where the coded part of a JPEG begins, its own and not that of a thumbnail in its header."""
+    position = 2
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            break
+        marker = data[position + 1]
+        if marker == 0xDA:
+            return position
+        if marker == 0xFF:  # a fill byte
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # markers without content
+            position += 2
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4])
+    return len(data)
 
 
 def size_mismatch(
@@ -98,7 +110,7 @@ def size_mismatch(
     ):
         turned = " (turned: is the file rotated by EXIF?)" if recorded == actual[::-1] else ""
         told = "x".join(str(side) for side in recorded)
-        return f"record says {told}, {name} is {actual[0]}x{actual[1]}{turned}"
+        return f"record says {told}, {name!r} is {actual[0]}x{actual[1]}{turned}"
     return None
 
 

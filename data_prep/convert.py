@@ -113,7 +113,9 @@ def convert(
     coco = read_coco(annotations)
     problems = list(coco.problems)
     problems += [
-        Problem("duplicate image id", image.id, None, f"{image.file_name}: id {image.id} is taken")
+        Problem(
+            "duplicate image id", image.id, None, f"{image.file_name!r}: id {image.id} is taken"
+        )
         for image in coco.repeated
     ]
     sizes = {image.id: _file_size(images, image.file_name) for image in coco.images}
@@ -142,7 +144,7 @@ def convert(
     plan = _plan(coco, sizes, shard_size_mb * 2**20, samples_per_shard, seed)
     shards = _write_shards(coco, plan, images, output, source, workers)
     problems += [problem for shard in shards for problem in shard.problems]
-    problems.sort(key=lambda p: (p.kind, p.image_id or 0, str(p.annotation_id)))
+    problems.sort(key=lambda p: (p.kind, p.image_id or 0))
     if not any(shard.columns["id"] for shard in shards):
         raise ValueError(
             f"none of the {len(coco.images)} images of {annotations} is usable "
@@ -323,7 +325,9 @@ def _write_shard(task: _Task) -> _Shard:
                 continue
             except (OSError, ValueError) as error:
                 why = error.strerror if isinstance(error, OSError) else str(error)
-                problems.append(Problem("corrupt image", item.id, None, f"{item.file_name}: {why}"))
+                problems.append(
+                    Problem("corrupt image", item.id, None, f"{item.file_name!r}: {why}")
+                )
                 continue
             size = (header.width, header.height)
             mismatch = size_mismatch((item.width, item.height), size, item.file_name)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.shards import END
+
 FORMAT, VERSION = "coco-webdataset", 1
 NAME = "manifest.json"
 COLUMNS = ("shard", "offset", "length", "width", "height", "id", "annotations")
@@ -115,11 +117,18 @@ def _inconsistency(manifest: Manifest) -> str | None:
     expected = [i for i, shard in enumerate(shards) for _ in range(shard["samples"])]
     if samples["shard"] != expected:
         return "the column shard does not match the shards' numbers of samples"
+    ends = [0] * len(shards)
     for i, offset, length in zip(
         samples["shard"], samples["offset"], samples["length"], strict=True
     ):
-        if offset < 0 or length <= 0 or offset + length > shards[i]["bytes"]:
-            return f"bytes {offset}+{length} are not inside {shards[i]['name']}"
+        if offset != ends[i] or length <= 0:
+            return f"{shards[i]['name']} has no sample at bytes {offset}+{length}"
+        ends[i] += length
+    for shard, end in zip(shards, ends, strict=True):
+        if end + len(END) != shard["bytes"]:
+            return f"the samples of {shard['name']} do not fill its {shard['bytes']} bytes"
+    if len(set(samples["id"])) < len(samples["id"]):
+        return "two samples have one id"
     if sum(samples["annotations"]) != manifest.num_annotations:
         return f"annotations do not sum to {manifest.num_annotations}"
     if not isinstance(manifest.header, dict) or manifest.header.get("categories") is None:
