@@ -1,0 +1,169 @@
+"""`python -m jobs submit|demo|status|logs|stop`: training jobs on a Ray cluster."""
+
+import re
+import signal
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import local_cluster
+from jobs.demo import DemoOptions, demo
+from jobs.spec import JobSpec, code_version
+from jobs.submit import connect, follow, stop, submit
+from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class SubmitOptions:
+    config: RunOptions
+    output: Path = REQUIRED
+    """The run folder, on storage that every node sees. One that exists is resumed."""
+    address: str = ""
+    """Ray Jobs address, such as http://HOST:8265. Empty: a local Ray for this job alone."""
+    workers: int = 1
+    """Training processes; each takes a GPU where the cluster has them."""
+    cpus_per_worker: int = 1
+    restarts: int = 3
+    """How often the job starts over from its last checkpoint after a failure."""
+    tracking_uri: str = ""
+    """MLflow. Empty: an SQLite store beside the run folder."""
+    experiment: str = "deformable-detr"
+    wait: bool = True
+    """Follow the job's log until it ends."""
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    job: str
+    """The id that submit printed."""
+    address: str
+    """Ray Jobs address, such as http://HOST:8265."""
+
+
+@dataclass(frozen=True)
+class StatusOptions:
+    address: str
+    """Ray Jobs address, such as http://HOST:8265."""
+
+
+def run_submit(args: list[str]) -> None:
+    options = parse_run(
+        SubmitOptions,
+        args,
+        "python -m jobs submit",
+        "Submits a training run to a Ray cluster and follows it.\n\nExample: "
+        "python -m jobs submit deformable_detr_r50 --output /shared/runs/r50 --workers 16 "
+        "--data.train /shared/train --data.val /shared/val --address http://head:8265",
+        output=REQUIRED,
+    )
+    if options.workers < 1 or options.cpus_per_worker < 1 or options.restarts < 0:
+        raise UserError(
+            f"workers {options.workers}, cpus-per-worker {options.cpus_per_worker}, restarts "
+            f"{options.restarts}: expected at least 1, 1 and 0"
+        )
+    if not options.address:
+        from pipeline.train import open_dataset
+
+        open_dataset(options.config)  # the shards are on this machine: look before Ray is started
+    spec = JobSpec(
+        config=options.config.to_json(),
+        folder=str(options.output.resolve()),
+        workers=options.workers,
+        cpus_per_worker=options.cpus_per_worker,
+        restarts=options.restarts,
+        tracking_uri=options.tracking_uri,
+        experiment=options.experiment,
+        code=code_version(),
+    )
+    with ExitStack() as stack:
+        address = options.address or stack.enter_context(local_cluster())
+        client = connect(address)
+        job_id = submit(client, spec, re.sub(r"[^A-Za-z0-9_.-]", "_", options.output.name))
+        print(f"submitted {job_id} to {address}", flush=True)
+        if options.wait or not options.address:
+            finish(client, job_id, stop_on_interrupt=not options.address)
+
+
+def finish(client: Any, job_id: str, stop_on_interrupt: bool) -> None:
+    try:
+        status = follow(client, job_id)
+    except BaseException:
+        if stop_on_interrupt:
+            stop(client, job_id)
+        raise
+    if status != "SUCCEEDED":
+        raise UserError(f"job {job_id} ended as {status}; its log is above")
+
+
+def run_logs(args: list[str]) -> None:
+    options = job_options(args, "logs", "Follows a job's log until it ends.")
+    client = connect(options.address)
+    require(client, options.job)
+    finish(client, options.job, stop_on_interrupt=False)
+
+
+def run_stop(args: list[str]) -> None:
+    options = job_options(args, "stop", "Stops a job; submitting the same run resumes it.")
+    client = connect(options.address)
+    require(client, options.job)
+    stop(client, options.job)
+    print(f"{options.job}: {client.get_job_status(options.job).value}")
+
+
+def run_status(args: list[str]) -> None:
+    options = parse(
+        StatusOptions,
+        args,
+        "python -m jobs status",
+        "Lists the cluster's jobs.\n\nExample: python -m jobs status --address http://head:8265",
+    )
+    jobs = [j for j in connect(options.address).list_jobs() if j.submission_id]
+    print(f"{'job':<32}{'status':<12}{'recipe':<36}run folder")
+    for job in sorted(jobs, key=lambda j: j.start_time or 0):
+        about = job.metadata or {}
+        print(
+            f"{job.submission_id:<32}{job.status.value:<12}{about.get('recipe', '-'):<36}"
+            f"{about.get('folder', '-')}"
+        )
+
+
+def job_options(args: list[str], command: str, description: str) -> JobOptions:
+    prog = f"python -m jobs {command}"
+    example = f"Example: {prog} --job r50-0 --address http://head:8265"
+    return parse(JobOptions, args, prog, f"{description}\n\n{example}")
+
+
+def require(client: Any, job_id: str) -> None:
+    known = [j.submission_id for j in client.list_jobs() if j.submission_id]
+    if job_id not in known:
+        raise UserError(f"no job {job_id!r} on this cluster: expected one of {known}")
+
+
+def run_demo(args: list[str]) -> None:
+    description = "Runs the main job on this machine, end to end.\n\nExample: python -m jobs demo"
+    demo(parse(DemoOptions, args, "python -m jobs demo", description))
+
+
+COMMANDS = {
+    "submit": Command(run_submit, "submit a recipe to a cluster, or run it on a local one"),
+    "demo": Command(run_demo, "draw data, train on it and evaluate, all on this machine"),
+    "status": Command(run_status, "the cluster's jobs"),
+    "logs": Command(run_logs, "follow a job's log"),
+    "stop": Command(run_stop, "stop a job"),
+}
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)  # so that `with` blocks clean up
+    try:
+        sys.exit(main("python -m jobs", (__doc__ or "").strip(), COMMANDS, sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted; what it started is stopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,121 @@
+"""A Ray cluster of this machine alone, for as long as a `with` block lasts."""
+
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from pipeline.errors import UserError
+
+START_TIMEOUT = 90.0  # seconds until the dashboard must answer
+STOP_TIMEOUT = 15.0  # seconds until what still runs is killed
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def local_cluster() -> Iterator[str]:
+    """Starts a head node on loopback, yields its Ray Jobs address, and stops all it started.
+
+    Access needs a random token, set in this process's environment, because Ray's control port
+    listens on every interface. The head also ends when this process dies.
+    """
+    # A short path: Ray's sockets lie below it, and a socket's path may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    environment = dict(
+        os.environ,
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
+        RAY_DISABLE_IMPORT_WARNING="1",
+    )
+    port, dashboard, low = _free_ports()
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
+        "--node-ip-address=127.0.0.1", f"--port={port}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--min-worker-port={low}", f"--max-worker-port={low + 200}",
+        f"--num-cpus={max(2, available_cpus())}", f"--temp-dir={folder}",
+        "--disable-usage-stats",
+    ]  # fmt: skip
+    output = folder / "head.log"
+    with output.open("w") as log:
+        head = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(_stop, head)
+        address = f"http://127.0.0.1:{dashboard}"
+        _wait_until_up(address, head, output)
+        yield address
+
+
+def _free_ports() -> tuple[int, int, int]:
+    """Ports for the control store and the dashboard, and the first of 200 for workers."""
+    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
+        for s in (a, b, c):
+            s.bind(("127.0.0.1", 0))
+        port, dashboard, seed = (s.getsockname()[1] for s in (a, b, c))
+    return port, dashboard, 10000 + seed % 100 * 200
+
+
+def _die_with_parent() -> None:
+    """In the child: SIGTERM when the parent dies, however it dies (Linux's PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _wait_until_up(address: str, head: subprocess.Popen, output: Path) -> None:
+    request = urllib.request.Request(
+        f"{address}/api/version", headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    )
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if head.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(request, timeout=2)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    tail = " | ".join(output.read_text(errors="replace").strip().splitlines()[-3:])
+    raise UserError(f"a local Ray did not start within {START_TIMEOUT:.0f} s; it said: {tail}")
+
+
+def _stop(head: subprocess.Popen) -> None:
+    """Ends the head and every process below it, first politely."""
+    try:
+        family = psutil.Process(head.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    head.terminate()
+    try:
+        head.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        head.kill()
+        head.wait()
+    _, alive = psutil.wait_procs(family, timeout=2)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=5)

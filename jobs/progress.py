@@ -1,0 +1,67 @@
+"""A running job's progress as text: a bar while it trains, a line after each evaluation."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jobs.follow import Tail
+
+
+class ProgressPrinter(threading.Thread):
+    """Prints what is new in the run's metrics every second until `finish`."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(daemon=True)
+        self.tail, self.name_ = Tail(folder / "metrics.jsonl"), name
+        self.done = threading.Event()
+        self.steps = self.epochs = 0
+        self.first: tuple[int, float] | None = None
+        self.best = -1.0
+        self.shown = -1
+
+    def run(self) -> None:
+        while not self.done.wait(1.0):
+            self.print_new()
+
+    def finish(self) -> None:
+        self.done.set()
+        self.join()
+        self.print_new()
+
+    def print_new(self) -> None:
+        for line in self.tail.new_lines():
+            if line["kind"] == "event" and line["event"] == "start":
+                self.steps, self.epochs = line["steps"], line["epochs"]
+                self.first = (line["step"], line["time"])
+            elif line["kind"] == "train" and line["step"] > self.shown:
+                self.shown = line["step"]
+                print(self.bar(line), flush=True)
+            elif line["kind"] == "evaluation":
+                print(self.evaluation(line), flush=True)
+
+    def bar(self, line: dict[str, Any]) -> str:
+        """tqdm's bar with the loss, the speed and the time left of this attempt."""
+        first_step, first_time = self.first or (0, time.time())
+        elapsed = line["time"] - first_time
+        left = elapsed / max(1, line["step"] - first_step) * (self.steps - line["step"])
+        epoch = min(self.epochs, int(line["epoch"] - 1e-9) + 1)
+        return tqdm.format_meter(
+            line["step"], self.steps, elapsed, ncols=100,
+            prefix=f"{self.name_} epoch {epoch}/{self.epochs}",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} " + (
+                f"loss {line['loss']:.2f} {line['images_per_second']:.0f} images/s "
+                f"{tqdm.format_interval(left)} left"
+            ),
+        )  # fmt: skip
+
+    def evaluation(self, line: dict[str, Any]) -> str:
+        mark = " (best)" if line["AP"] > self.best else ""
+        self.best = max(self.best, line["AP"])
+        return (
+            f"epoch {line['epoch']:.0f}/{self.epochs}: AP {line['AP']:.3f}{mark}  "
+            f"AP50 {line['AP50']:.3f}  AP75 {line['AP75']:.3f}  "
+            f"small {line['AP_S']:.3f}  medium {line['AP_M']:.3f}  large {line['AP_L']:.3f}"
+        )

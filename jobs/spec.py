@@ -1,0 +1,50 @@
+"""What a training job is told: one JSON text, from the submitter to the job on the cluster."""
+
+import json
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """`config`: a `RunConfig` as JSON; `folder`: the run folder, absolute, on storage that every
+    node sees; `tracking_uri`: empty for an SQLite store beside the run folder."""
+
+    config: str
+    folder: str
+    workers: int = 1
+    cpus_per_worker: int = 1
+    restarts: int = 3
+    tracking_uri: str = ""
+    experiment: str = "deformable-detr"
+    code: str = ""
+
+    def run_config(self) -> RunConfig:
+        return RunConfig.from_json(self.config)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "JobSpec":
+        return JobSpec(**json.loads(text))
+
+
+def code_version() -> str:
+    """The checkout's commit, with "-dirty" where files differ from it; "unknown" without git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("-dirty" if _git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()

@@ -1,0 +1,90 @@
+"""Submission of a training job through the Ray Jobs API, and following it."""
+
+import asyncio
+import os
+import re
+import shlex
+import sys
+import time
+from typing import Any
+
+from pipeline.errors import UserError
+
+from jobs.spec import ROOT, JobSpec
+
+# What a job does not need of the checkout. The built operators in .build/cuda_ops do travel,
+# although git ignores them.
+EXCLUDES = [
+    "/.git", "/.venv", "/outputs", "/tests", "/docs", "/.mypy_cache", "/.ruff_cache",
+    "/.pytest_cache", "/.hypothesis", "__pycache__", "/.build/*", "!/.build/cuda_ops",
+]  # fmt: skip
+PROGRESS = re.compile(r"\d+%\|")  # a progress bar as tqdm draws it
+QUIET_SECONDS = 5.0  # between two progress lines where the terminal cannot redraw
+
+
+def connect(address: str) -> Any:
+    """A Ray Jobs client. Raises `UserError` when nothing answers there."""
+    os.environ.setdefault("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"no Ray cluster answers at {address!r} ({reason}); give the dashboard's address, such "
+            f"as http://HOST:8265, or leave --address out to run on this machine"
+        ) from None
+
+
+def submit(client: Any, spec: JobSpec, name: str) -> str:
+    """Submits the job and returns its id: the name and the number of the attempt."""
+    taken = {job.submission_id for job in client.list_jobs()}
+    attempt = next(n for n in range(len(taken) + 1) if f"{name}-{n}" not in taken)
+    return client.submit_job(
+        entrypoint=f"python -m jobs.driver {shlex.quote(spec.to_json())}",
+        submission_id=f"{name}-{attempt}",
+        runtime_env={
+            "working_dir": str(ROOT),
+            "excludes": EXCLUDES,
+            "env_vars": {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"},
+        },
+        metadata={"folder": spec.folder, "recipe": spec.run_config().recipe},
+    )
+
+
+def follow(client: Any, job_id: str) -> str:
+    """Prints the job's log until it ends; returns its final status, such as "SUCCEEDED"."""
+    asyncio.run(_stream(client, job_id, sys.stdout.isatty()))
+    status = client.get_job_status(job_id)
+    while not status.is_terminal():  # the log can close just before the status is written
+        time.sleep(0.2)
+        status = client.get_job_status(job_id)
+    return status.value
+
+
+async def _stream(client: Any, job_id: str, redraw: bool) -> None:
+    """Passes lines on; of progress bars, a terminal shows the latest in place, a file one every
+    few seconds."""
+    printed, pending, open_bar = 0.0, "", False
+    async for chunk in client.tail_job_logs(job_id):
+        *lines, pending = (pending + chunk).split("\n")
+        for line in lines:
+            bar = PROGRESS.search(line) is not None
+            if bar and not redraw and time.monotonic() - printed < QUIET_SECONDS:
+                continue
+            if bar:
+                printed = time.monotonic()
+            start = "\r\033[K" if open_bar else ""
+            open_bar = bar and redraw
+            print(f"{start}{line}", end="" if open_bar else "\n", flush=True)
+    if open_bar:
+        print()
+
+
+def stop(client: Any, job_id: str, timeout: float = 20.0) -> None:
+    """Stops a job and waits until it has ended."""
+    client.stop_job(job_id)
+    deadline = time.monotonic() + timeout
+    while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.2)

@@ -1,0 +1,24 @@
+"""What a finished run comes to, as text."""
+
+import json
+import sys
+from pathlib import Path
+
+from pipeline.evaluate import Evaluation, table
+
+
+def summary(folder: Path, tracking_uri: str) -> str:
+    """The best epoch's AP table, the best checkpoint, the picture and how to open MLflow."""
+    best = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+    evaluation = Evaluation(best["summary"], best["per_class"], [])
+    lines = [
+        "",
+        f"COCO evaluation of the best epoch ({best['epoch']:.0f})",
+        table(evaluation),
+        "",
+        f"best checkpoint  {folder / 'checkpoints' / best['checkpoint']}",
+        f"predictions      {folder / 'predictions.png'}",
+        f"open MLflow      {sys.executable} -m mlflow ui --host 127.0.0.1 "
+        f"--backend-store-uri {tracking_uri}",
+    ]
+    return "\n".join(lines)

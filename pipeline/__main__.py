@@ -1,0 +1,120 @@
+"""`python -m pipeline train|evaluate|predict|recipes`: one process group, without a cluster."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
+from pipeline.errors import UserError
+from pipeline.recipes import RECIPES
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    config: RunOptions
+    output: Path = REQUIRED
+    """The run folder. One that exists is resumed."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    checkpoint: Path
+    """A run folder (its best checkpoint), a checkpoint in it, or a model.pt."""
+    data: Path
+    """Shard folder to evaluate on."""
+    output: Path | None = None
+    """Also write the detections as a COCO result file."""
+    device: str = "auto"
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    checkpoint: Path
+    """A run folder (its best checkpoint), a checkpoint in it, or a model.pt."""
+    data: Path
+    """Shard folder whose images are drawn."""
+    output: Path = Path("predictions.png")
+    count: int = 6
+    """Number of images, spread over the set."""
+    threshold: float = 0.3
+    """Smallest score that is drawn."""
+    device: str = "auto"
+
+
+def run_train(args: list[str]) -> None:
+    options = parse_run(
+        TrainOptions,
+        args,
+        "python -m pipeline train",
+        "Trains a recipe in this process, or in the processes of torchrun.\n\nExample: "
+        "torchrun --nproc-per-node 8 -m pipeline train deformable_detr_r50 --output runs/r50 "
+        "--data.train shards/train --data.val shards/val --init.backbone resnet50.pth",
+        output=REQUIRED,
+    )
+    from pipeline.engine import stop_process_group
+    from pipeline.train import train
+
+    best = train(options.config, options.output)
+    stop_process_group()
+    print(f"best checkpoint: {best}")
+
+
+def run_evaluate(args: list[str]) -> None:
+    options = parse(
+        EvaluateOptions,
+        args,
+        "python -m pipeline evaluate",
+        "Prints the COCO numbers of a checkpoint.\n\nExample: "
+        "python -m pipeline evaluate --checkpoint runs/r50 --data shards/val",
+    )
+    from pipeline.evaluate import detect, ground_truth, summarize, table
+    from pipeline.predict import Detector
+
+    detector = Detector.load(options.checkpoint, options.device)
+    config = detector.config
+    config = replace(config, optimizer=replace(config.optimizer, batch_size=options.batch_size))
+    shards = detector.open(options.data)
+    detections = detect(detector.model, shards, detector.labels, config, detector.device)
+    if options.output:
+        options.output.write_text(json.dumps(detections), encoding="utf-8")
+    print(table(summarize(ground_truth(shards), detections)))
+
+
+def run_predict(args: list[str]) -> None:
+    options = parse(
+        PredictOptions,
+        args,
+        "python -m pipeline predict",
+        "Draws a checkpoint's predictions beside the ground truth.\n\nExample: "
+        "python -m pipeline predict --checkpoint runs/r50 --data shards/val --output out.png",
+    )
+    from pipeline.predict import Detector
+    from pipeline.visualize import draw_predictions
+
+    detector = Detector.load(options.checkpoint, options.device)
+    shards = detector.open(options.data)
+    draw_predictions(
+        detector.model, shards, detector.labels, detector.config, detector.device,
+        options.output, options.count, options.threshold,
+    )  # fmt: skip
+    print(f"saved {options.output}")
+
+
+def run_recipes(args: list[str]) -> None:
+    if args and args[0] not in ("-h", "--help"):
+        raise UserError(f"python -m pipeline recipes takes no options, got {args}")
+    for name, function in RECIPES.items():
+        print(f"{name}\n    {(function.__doc__ or '').strip().splitlines()[0]}")
+
+
+COMMANDS = {
+    "train": Command(run_train, "train a recipe, or resume the run in --output"),
+    "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint on a shard folder"),
+    "predict": Command(run_predict, "a picture of predictions beside the ground truth"),
+    "recipes": Command(run_recipes, "list the named experiments"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main("python -m pipeline", (__doc__ or "").strip(), COMMANDS, sys.argv[1:]))

@@ -1,0 +1,213 @@
+"""What a run is: frozen, typed, checked dataclasses with a stable digest.
+
+Every field can be overridden on the command line, for example
+``--optimizer.lr 1e-4 --schedule.epochs 12``.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from model.config import ModelConfig
+
+
+def _require(condition: bool, what: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{what}: got {got!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are, and how categories become class columns."""
+
+    train: str = ""
+    """Shard folder to train on (made by `python -m data_prep convert`)."""
+    val: str = ""
+    """Shard folder to evaluate on."""
+    labels: Literal["contiguous", "category_id"] = "contiguous"
+    """contiguous: the i-th category in order of id is column i. category_id: the column is the
+    category id itself, as in the published COCO checkpoints (91 columns for 80 categories)."""
+    shuffle_window: int = 8
+    """Shards whose samples are mixed with each other; more mixes better, fewer reads closer."""
+
+    def __post_init__(self) -> None:
+        _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "1 or more")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """The augmentation of DETR (its section 4), which Deformable DETR follows."""
+
+    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
+    """Training: the shorter side is resized to one of these. Empty: the size is kept."""
+    max_side: int = 1333
+    """The longer side never exceeds this."""
+    crop_probability: float = 0.5
+    """Chance to resize to one of crop_short_sides and crop before the final resize."""
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    crop_sides: tuple[int, int] = (384, 600)
+    """Smallest and largest side of the crop."""
+    flip_probability: float = 0.5
+    transpose_probability: float = 0.0
+    """Chance to swap x and y. Only for data without an up direction."""
+    val_short_side: int = 800
+    """Evaluation: size of the shorter side. 0: the size is kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop_probability", "flip_probability", "transpose_probability"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"augment.{name}", value, "a probability in [0, 1]")
+        sides = (*self.short_sides, *self.crop_short_sides, *self.crop_sides, self.max_side)
+        _require(all(s >= 1 for s in sides), "augment: sides in pixels", sides, "all 1 or more")
+        _require(self.val_short_side >= 0, "augment.val_short_side", self.val_short_side, ">= 0")
+        _require(
+            self.crop_sides[0] <= self.crop_sides[1],
+            "augment.crop_sides",
+            self.crop_sides,
+            "(smallest, largest)",
+        )
+        _require(
+            self.crop_probability == 0 or bool(self.crop_short_sides),
+            "augment.crop_short_sides",
+            self.crop_short_sides,
+            "at least one size where crop_probability is above 0",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in section 5 of the paper."""
+
+    lr: float = 2e-4
+    backbone_lr: float = 2e-5
+    offsets_lr_factor: float = 0.1
+    """Factor on lr for the projections that predict sampling offsets and reference points."""
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    """Largest norm of the whole gradient. 0: no clipping."""
+    batch_size: int = 32
+    """Images in one optimizer step, over all processes."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "backbone_lr", "offsets_lr_factor", "weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name}", value, "0 or more")
+        _require(self.batch_size >= 1, "optimizer.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the run, as a factor on every group's rate."""
+
+    epochs: int = 50
+    kind: Literal["step", "cosine"] = "step"
+    drop_epochs: tuple[int, ...] = (40,)
+    """step: the factor falls by ten at the start of these epochs (counted from 0)."""
+    warmup_fraction: float = 0.0
+    """Share of all steps in which the factor rises linearly from 0 to 1."""
+    final_factor: float = 0.01
+    """cosine: the factor at the last step."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "schedule.epochs", self.epochs, "1 or more")
+        _require(
+            0 <= self.warmup_fraction < 1, "schedule.warmup_fraction", self.warmup_fraction, "[0, 1)"
+        )
+        _require(0 <= self.final_factor <= 1, "schedule.final_factor", self.final_factor, "[0, 1]")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the run is executed. Nothing here belongs to the run's identity but the precision."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Autocast precision of the model; losses, matching and box arithmetic stay in fp32."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """What is partitioned over processes: 1 optimizer state, 2 gradients too."""
+    micro_batch: int = 0
+    """Images in one forward pass of one process; the rest of its share is accumulated.
+    0: all of them at once."""
+    loader_workers: int = 4
+    """Processes that decode and augment, for each training process. 0: in the process itself."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_steps: int = 0
+    """Steps between two checkpoints inside an epoch. 0: at the end of each epoch only."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints kept, beside the best one."""
+    deterministic: bool = False
+    """Deterministic algorithms only (on a GPU this costs speed)."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "loader_workers", "checkpoint_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"engine.{name}", value, "0 or more")
+        for name in ("log_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            _require(value >= 1, f"engine.{name}", value, "1 or more")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Weights to start from, as local files."""
+
+    backbone: str = ""
+    """ImageNet weights of the backbone in torchvision's key names."""
+    weights: str = ""
+    """A published Deformable DETR checkpoint of the same architecture."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One experiment. `python -m pipeline recipes` lists the named ones."""
+
+    recipe: Annotated[str, tyro.conf.Suppress]
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2**32)")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "RunConfig":
+        """The config that `to_json` wrote; a field that is unknown or missing raises ValueError."""
+        return _from_dict(RunConfig, json.loads(text), "config")
+
+    def digest(self) -> str:
+        """SHA-256 of what decides the result: neither where the data lies (it has a digest of its
+        own) nor how the work is spread over processes."""
+        identity = dataclasses.asdict(self)
+        for location in ("train", "val"):
+            del identity["data"][location]
+        identity["engine"] = {"precision": self.engine.precision}
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
+    """A dataclass from nested dictionaries, as JSON gives them (lists stand for tuples)."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown, missing = sorted(set(values) - set(fields)), sorted(set(fields) - set(values))
+    if unknown or missing:
+        raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}")
+    arguments = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            value = _from_dict(kind, value, f"{where}.{name}")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)

@@ -1,0 +1,164 @@
+"""Process group, device and the DeepSpeed engine: everything computed from the `RunConfig`."""
+
+import math
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model.parameters import parameter_groups
+from pipeline.config import EngineConfig, RunConfig, ScheduleConfig
+from pipeline.data.loader import micro_batch_size
+from pipeline.errors import UserError
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """The device of this process. Raises `UserError` where what was asked for is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "engine.device: got cuda, but this machine has no usable CUDA device; "
+            "use --engine.device cpu, or submit to nodes with GPUs"
+        )
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    if config.precision == "fp16" and not cuda:
+        raise UserError("engine.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if not cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def start_process_group(device: torch.device) -> tuple[int, int]:
+    """Joins the process group and returns (rank, world size).
+
+    The group is the one that a launcher has already made (Ray), the one in the environment
+    (torchrun), or one of this process alone.
+    """
+    # DeepSpeed looks for GPUs at import unless told.
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce (a minute, -march=native) that serves
+        # inference only; training reduces through gloo.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = "0"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds every generator of this process for one optimizer step.
+
+    Dropout is thereby a function of (seed, step, rank): a resumed run needs no saved RNG state.
+    """
+    value = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+def learning_rate_factor(config: ScheduleConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """step -> factor on every learning rate: linear warm-up, then drops by ten or a cosine."""
+    total = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_fraction * total)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if config.kind == "step":
+            return 0.1 ** sum(step >= e * steps_per_epoch for e in config.drop_epochs)
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return config.final_factor + (1 - config.final_factor) * cosine
+
+    return factor
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW with the paper's three rates: backbone, offset and reference projections, the rest."""
+    optimizer = config.optimizer
+    rates = {
+        "backbone": optimizer.backbone_lr,
+        "offsets": optimizer.lr * optimizer.offsets_lr_factor,
+        "rest": optimizer.lr,
+    }
+    groups = [
+        {"params": parameters, "lr": rates[name], "name": name}
+        for name, parameters in parameter_groups(model).items()
+        if parameters
+    ]
+    fused = all(p.is_cuda for group in groups for p in group["params"])
+    return torch.optim.AdamW(
+        groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=fused
+    )
+
+
+def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for this run."""
+    micro = micro_batch_size(config, world)
+    total = config.optimizer.batch_size
+    settings: dict[str, Any] = {
+        "train_batch_size": total,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": total // world // micro,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if config.engine.precision != "fp32":
+        # Autocast keeps fp32 parameters; no module is "safe" for gradients of lower precision,
+        # so they are reduced in fp32.
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.engine.precision]
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": dtype,
+            "lower_precision_safe_modules": [],
+        }
+    return settings
+
+
+def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: int) -> Any:
+    """A DeepSpeedEngine over the model: ZeRO, mixed precision, clipping and the schedule."""
+    import deepspeed
+
+    # ZeRO keeps parameters in one flat buffer, and its broadcast takes only contiguous ones.
+    model = model.to(memory_format=torch.contiguous_format)
+    factor = learning_rate_factor(config.schedule, steps_per_epoch)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, config),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        config=deepspeed_config(config, dist.get_world_size()),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def average_batch_norm(model: nn.Module) -> None:
+    """Averages the running statistics of trained batch norms over ranks, which see other images.
+
+    Collective. After it, evaluation and checkpoints are the same on every rank.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for buffer in (module.running_mean, module.running_var):
+                if buffer is not None:
+                    dist.all_reduce(buffer)
+                    buffer /= dist.get_world_size()
+
+
+def stop_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,147 @@
+"""COCO evaluation by pycocotools, spread over the ranks: every image exactly once."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+
+from model.postprocess import postprocess
+from pipeline.config import RunConfig
+from pipeline.data.labels import Labels
+from pipeline.data.loader import evaluation_batches
+from pipeline.data.shards import ShardSet
+
+NAMES = (
+    "AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L",
+    "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L",
+)  # fmt: skip
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`summary`: the 12 COCO numbers (-1 where undefined); `per_class`: AP by category name;
+    `detections`: COCO result records."""
+
+    summary: dict[str, float]
+    per_class: dict[str, float]
+    detections: list[dict[str, Any]]
+
+
+def ground_truth(shards: ShardSet) -> COCO:
+    """The shards' annotations as pycocotools holds them."""
+    samples = [shards.read(i) for i in range(len(shards))]
+    truth = COCO()
+    truth.dataset = {
+        "images": [s.image for s in samples],
+        "annotations": [a for s in samples for a in s.annotations],
+        "categories": shards.categories,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module,
+    shards: ShardSet,
+    labels: Labels,
+    config: RunConfig,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> list[dict[str, Any]]:
+    """COCO result records of this rank's images: image_id, category_id, bbox (x, y, w, h), score.
+
+    The model's mode is restored afterwards.
+    """
+    was_training = model.training
+    model.eval()
+    batch_size = max(1, config.optimizer.batch_size // world)
+    dtype = AUTOCAST.get(config.engine.precision)
+    detections = []
+    loader = evaluation_batches(
+        shards, labels, config, rank, world, batch_size, device.type == "cuda"
+    )
+    for batch in loader:
+        batch = batch.to(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            outputs = model(batch.normalized_images(), batch.padding_mask)
+        results = postprocess(outputs, batch.sizes.to(device))
+        for image_id, result in zip(batch.image_ids, results, strict=True):
+            detections += _records(image_id, result, labels)
+    model.train(was_training)
+    return detections
+
+
+def _records(image_id: int, result: dict[str, Any], labels: Labels) -> list[dict[str, Any]]:
+    x0y0, x1y1 = result["boxes"].double().cpu().split(2, dim=1)
+    boxes = torch.cat([x0y0, x1y1 - x0y0], dim=1).tolist()
+    scores, columns = result["scores"].double().tolist(), result["labels"].tolist()
+    return [
+        {"image_id": image_id, "category_id": labels.category_of[c], "bbox": box, "score": score}
+        for box, score, c in zip(boxes, scores, columns, strict=True)
+        if labels.category_of[c] >= 0
+    ]
+
+
+def gather(detections: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """All ranks' records on rank 0 (collective), in an order that does not depend on the number of
+    ranks; None elsewhere."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        every: list[Any] = [detections]
+    else:
+        every = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+        dist.gather_object(detections, every if dist.get_rank() == 0 else None, dst=0)
+        if dist.get_rank() != 0:
+            return None
+    # Stable within an image: records of one image come from one rank, best score first.
+    return sorted((d for part in every for d in part), key=lambda d: d["image_id"])
+
+
+def summarize(truth: COCO, detections: list[dict[str, Any]]) -> Evaluation:
+    """pycocotools' bounding-box numbers, with nothing printed."""
+    if not detections:  # pycocotools refuses an empty list
+        return Evaluation(dict.fromkeys(NAMES, 0.0), {}, [])
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_eval = COCOeval(truth, truth.loadRes(detections), iouType="bbox")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    summary = dict(zip(NAMES, map(float, coco_eval.stats), strict=True))
+    # [thresholds, recalls, categories, areas, limits of detections]; -1 marks "no such object".
+    precision = coco_eval.eval["precision"][:, :, :, 0, -1]
+    per_class = {}
+    for k, category in enumerate(coco_eval.params.catIds):
+        values = precision[:, :, k]
+        values = values[values > -1]
+        name = truth.cats[category]["name"]
+        per_class[name] = float(np.mean(values)) if values.size else -1.0
+    return Evaluation(summary, per_class, detections)
+
+
+def table(evaluation: Evaluation) -> str:
+    """The 12 numbers and AP by class, as text."""
+    shown = {n: "  n/a" if v < 0 else f"{v:.3f}" for n, v in evaluation.summary.items()}
+    rows = [
+        "  ".join(f"{name:>6}" for name in NAMES[:6]),
+        "  ".join(f"{shown[name]:>6}" for name in NAMES[:6]),
+        "  ".join(f"{name:>6}" for name in NAMES[6:]),
+        "  ".join(f"{shown[name]:>6}" for name in NAMES[6:]),
+    ]
+    if evaluation.per_class:
+        width = max(len(name) for name in evaluation.per_class)
+        rows.append("AP by class")
+        rows += [
+            f"  {name:<{width}}  {'n/a' if v < 0 else f'{v:.3f}'}"
+            for name, v in evaluation.per_class.items()
+        ]
+    return "\n".join(rows)
