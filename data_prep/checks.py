@@ -25,6 +25,7 @@ EXTENSIONS = {
     "TIFF": "tiff",
     "GIF": "gif",
 }
+FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # PIL opens MPO by way of JPEG
 # Published boxes stick out of their images by rounding; more than this is a mistake.
 BOX_TOLERANCE = 1.0  # pixels
 
@@ -73,9 +74,10 @@ def decode_image(data: bytes) -> None:
 def _with_image(data: bytes, read: Callable[[Image.Image], Result]) -> Result:
     try:
         with warnings.catch_warnings():
-            # A picture over PIL's limit of pixels is refused, not announced.
+            # What PIL can live with is fine; a picture over its limit of pixels is refused.
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return read(image)
     except Image.UnidentifiedImageError:
         raise ValueError(f"not an image of a known format ({len(data)} bytes)") from None

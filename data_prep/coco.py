@@ -132,6 +132,7 @@ class _Reader:
     def read(self) -> None:
         position = self._skip(0)
         if self.text[position : position + 1] != "{":
+            self._value(position)  # what is no JSON at all is called that
             raise self._not_coco("the top level must be an object with images and annotations")
         position = self._skip(position + 1)
         if self.text[position : position + 1] == "}":

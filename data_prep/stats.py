@@ -121,7 +121,7 @@ def tables(stats: Statistics) -> str:
     empty = sum(count == 0 for count in stats.per_image)
     footer = (
         f"{len(stats.per_image)} images, {empty} without objects; {total} objects, "
-        f"{sum(stats.crowds.values())} crowds, {stats.faulty} faulty annotations, which are in no table"
+        f"{sum(stats.crowds.values())} crowds, {stats.faulty} faulty annotations (not counted)"
     )
     return "\n\n".join([*(_table(rows) for rows in (classes, sizes, aspects, images)), footer])
 

@@ -1,0 +1,217 @@
+"""A user's mistake is one line on stderr that names it, and status 2."""
+
+import json
+import os
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from data_prep.coco import read_coco
+from data_prep.convert import convert
+from data_prep.parallel import ordered_map
+
+
+def test_helps_give_purpose_and_example(command):
+    for name in ("synthesize", "convert", "export", "verify", "stats"):
+        result = command(name, "--help")
+        assert result.returncode == 0
+        assert f"Example: python -m data_prep {name}" in result.stdout
+
+
+def test_a_misspelled_command_and_option_fail(command):
+    assert command("convrt").returncode == 2
+    result = command("synthesize", "--outptu", "x")
+    assert result.returncode == 2
+    assert "--output" in result.stderr
+
+
+def fails(result, message):
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def run_convert(command, small, **changed):
+    paths = {"images": small.images, "annotations": small.annotations, "output": small.output}
+    flags = [x for name, path in (paths | changed).items() for x in (f"--{name}", path)]
+    return command("convert", *flags, "--workers", 1)
+
+
+def test_missing_paths(small, command, tmp_path):
+    small()
+    missing = tmp_path / "missing"
+    fails(run_convert(command, small, images=missing), "image folder")
+    fails(run_convert(command, small, annotations=missing), "No such file")
+    fails(run_convert(command, small, output=small.annotations), "is a file")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails(run_convert(command, small, images=empty), "is --images the right folder?")
+    fails(command("verify", missing), "does not exist")
+    fails(command("stats", empty), "is not a folder of shards")
+    fails(command("export", empty, "--output", missing), "is not a folder of shards")
+    assert not small.output.exists()
+
+
+def test_strict_and_damage_at_the_command_line(small, command):
+    small()
+    (small.images / "0.jpg").unlink()
+    result = command(
+        *("convert", "--images", small.images, "--annotations", small.annotations),
+        *("--output", small.output, "--strict"),
+    )
+    fails(result, "--strict: 1 problems, the first: missing image")
+    result = run_convert(command, small)
+    assert result.returncode == 0
+    assert "missing image      1  image 10" in result.stdout
+    assert "3 images with 3 annotations in 1 shards; 1 images left out" in result.stdout
+    shard = small.output / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    result = command("verify", small.output)
+    assert result.returncode == 2
+    assert "damaged shard" in result.stdout
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_unwritable_place_is_named(small, command, tmp_path):
+    small()
+    (tmp_path / "file").write_text("")
+    fails(run_convert(command, small, output=tmp_path / "file" / "below"), "Not a directory")
+
+
+GOOD_IMAGES = '"images": [{"id": 1, "file_name": "a"}]'
+GOOD_REST = '"annotations": [], "categories": [{"id": 1, "name": "a"}]'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not valid JSON"),
+        ('{"images": [', "not valid JSON"),
+        ("{" + GOOD_IMAGES + ", " + GOOD_REST + "} more", "not valid JSON: Extra data"),
+        ("{" + GOOD_IMAGES + " " + GOOD_REST + "}", "not valid JSON: Expecting ','"),
+        ("{" + GOOD_IMAGES + "," + GOOD_REST + ",}", "not valid JSON"),
+        ("{1: 2}", "not valid JSON: Expecting a property name"),
+        ("[]", "the top level must be an object"),
+        ("{}", "no images and no annotations and no categories"),
+        ("{" + GOOD_IMAGES + ', "categories": [{"id": 1, "name": "a"}]}', '"annotations": []'),
+        ("{" + GOOD_IMAGES + ', "annotations": []}', "it has no categories"),
+        ('{"images": {}, ' + GOOD_REST + "}", "images must be a list"),
+        ('{"images": [], ' + GOOD_REST + "}", "lists no images"),
+        ('{"images": [1], ' + GOOD_REST + "}", "images must hold objects, got 1"),
+        ('{"images": [{"id": "1", "file_name": "a"}], ' + GOOD_REST + "}", "integer id"),
+        ('{"images": [{"id": true, "file_name": "a"}], ' + GOOD_REST + "}", "integer id"),
+        ('{"images": [{"id": 9223372036854775808}], ' + GOOD_REST + "}", "below 2^63"),
+        ('{"images": [{"id": 1}], ' + GOOD_REST + "}", "needs a file_name"),
+        ('{"images": [{"id": 1, "file_name": "a", "width": -4}], ' + GOOD_REST + "}", "width -4"),
+        ('{"images": [{"id": 1, "file_name": "a", "height": NaN}], ' + GOOD_REST + "}", "height"),
+        ("{" + GOOD_IMAGES + "," + GOOD_IMAGES + "," + GOOD_REST + "}", "twice"),
+        ('{"a": 1, "a": 2, ' + GOOD_IMAGES + "," + GOOD_REST + "}", 'key "a" is there twice'),
+        ("{" + GOOD_IMAGES + ', "annotations": [[]], "categories": []}', "hold objects"),
+        ("{" + GOOD_IMAGES + ', "annotations": [], "categories": []}', "non-empty list"),
+        ("{" + GOOD_IMAGES + ', "annotations": [], "categories": [{"id": 1}]}', "and a name"),
+        (
+            "{" + GOOD_IMAGES + ', "annotations": [], "categories": [{"id": 1, "name": "a"}, '
+            '{"id": 1, "name": "b"}]}',
+            "two categories with id 1",
+        ),
+        ('{"images": ' + "[" * 100_000, "nested too deeply"),
+        ('{"images": [{"id": ' + "1" * 5000 + "}]}", "digits"),
+    ],
+)
+def test_files_that_are_not_coco(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json") as error:
+        read_coco(path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xff\xfe{\x00")
+    with pytest.raises(ValueError, match="not JSON in UTF-8"):
+        read_coco(path)
+
+
+def test_a_byte_order_mark_and_odd_spacing_are_fine(tmp_path):
+    path = tmp_path / "a.json"
+    text = "\n {\t" + GOOD_IMAGES + "\r\n,\n" + GOOD_REST + " }\n "
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    coco = read_coco(path)
+    assert [image.id for image in coco.images] == [1]
+    assert json.loads(coco.sample_json(coco.images[0])) == {
+        "image": {"id": 1, "file_name": "a"},
+        "annotations": [],
+    }
+
+
+def test_mutated_files_are_read_or_refused(small):
+    """The reader agrees with json.loads on what is JSON, and never crashes."""
+    small(2)
+    text = small.annotations.read_text()
+    source = random.Random(0)
+    accepted = refused = 0
+    for _ in range(1500):
+        mutated = list(text)
+        for _ in range(source.randint(1, 3)):
+            place = source.randrange(len(mutated))
+            mutated[place] = source.choice('{}[]",:0-eN \n\\a')
+        small.annotations.write_text("".join(mutated))
+        try:
+            read_coco(small.annotations)
+            json.loads("".join(mutated))
+            accepted += 1
+        except ValueError as error:
+            refused += 1
+            if "not valid JSON" in str(error):
+                with pytest.raises(ValueError, match=r".+"):
+                    json.loads("".join(mutated))
+    assert accepted > 50
+    assert refused > 500
+
+
+def test_file_names_that_no_file_can_have(small):
+    content = small(2)
+    for i, name in enumerate(("nul\0.jpg", "\ud800.jpg", "x" * 5000, "/etc/passwd", "", ".", "..")):
+        content["images"].append({"id": 60 + i, "file_name": name})
+    small.save(content)
+    result = convert(*small.arguments)
+    assert {p.image_id for p in result.problems if p.kind == "missing image"} == set(range(60, 67))
+    assert result.manifest.num_images == 2
+
+
+def test_absolute_names_inside_the_folder_are_fine(small):
+    content = small(2)
+    content["images"][0]["file_name"] = os.path.abspath(small.images / "0.jpg")
+    small.save(content)
+    assert convert(*small.arguments).problems == []
+
+
+def test_no_usable_image_is_an_error(small):
+    small(2)
+    for path in small.images.iterdir():
+        path.write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"none of the 2 images .* is usable"):
+        convert(*small.arguments)
+    with pytest.raises(ValueError, match="samples_per_shard must be at least 1, got 0"):
+        convert(*small.arguments, samples_per_shard=0)
+
+
+def test_ordered_map_holds_few_tasks_and_keeps_order():
+    drawn = SimpleNamespace(tasks=0)
+
+    def tasks():
+        for i in range(40):
+            drawn.tasks += 1
+            yield -i
+
+    for count, result in enumerate(ordered_map(abs, tasks(), 2)):
+        assert result == count
+        assert drawn.tasks - count <= 5
+    assert drawn.tasks == 40
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        next(ordered_map(abs, [1], 0))

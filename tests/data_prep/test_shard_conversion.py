@@ -1,0 +1,317 @@
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from data_prep.checks import decode_image, read_image_header
+from data_prep.convert import convert
+from data_prep.manifest import COLUMNS, read_manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+def contents(folder):
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def arguments(drawn, output):
+    return (drawn / "train", drawn / "annotations" / "instances_train.json", output)
+
+
+@pytest.fixture(scope="module")
+def shards(drawn, tmp_path_factory):
+    output = tmp_path_factory.mktemp("converted") / "train"
+    convert(*arguments(drawn, output), samples_per_shard=50)
+    return output
+
+
+def test_webdataset_reads_the_shards_unaided(drawn, shards):
+    source = json.loads((drawn / "annotations" / "instances_train.json").read_text())
+    records = {image["id"]: image for image in source["images"]}
+    urls = [str(path) for path in sorted(shards.glob("shard-*.tar"))]
+    assert len(urls) == 5
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+    assert {int(sample["__key__"]) for sample in samples} == set(records)
+    assert len(samples) == len(records)
+    for sample in samples:
+        record = records[int(sample["__key__"])]
+        assert sample["json"]["image"] == record
+        assert sample["json"]["annotations"] == [
+            a for a in source["annotations"] if a["image_id"] == record["id"]
+        ]
+        assert sample["jpg"].size == (record["width"], record["height"])
+
+
+def test_index_gives_each_sample_by_one_pread(shards):
+    manifest = read_manifest(shards)
+    assert set(manifest.samples) == set(COLUMNS)
+    for row in zip(*(manifest.samples[name] for name in COLUMNS), strict=True):
+        shard, offset, length, width, height, image_id, annotations = row
+        descriptor = os.open(shards / manifest.shards[shard]["name"], os.O_RDONLY)
+        data = os.pread(descriptor, length, offset)
+        os.close(descriptor)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            image, record = tar.getmembers()
+            assert (image.name, record.name) == (f"{image_id:012d}.jpg", f"{image_id:012d}.json")
+            parsed = json.load(tar.extractfile(record))
+            assert parsed["image"]["id"] == image_id
+            assert len(parsed["annotations"]) == annotations
+            with Image.open(tar.extractfile(image)) as decoded:
+                assert decoded.size == (width, height)
+
+
+def test_manifest_describes_the_folder(drawn, shards):
+    manifest = json.loads((shards / "manifest.json").read_text())
+    source = json.loads((drawn / "annotations" / "instances_train.json").read_text())
+    assert (manifest["format"], manifest["version"]) == ("coco-webdataset", 1)
+    assert manifest["header"] == {
+        key: source[key] for key in source if key not in ("images", "annotations")
+    }
+    assert manifest["categories"] == source["categories"]
+    assert manifest["num_images"] == len(source["images"])
+    assert manifest["num_annotations"] == len(source["annotations"])
+    assert manifest["quarantined"] == []
+    assert {shard["name"] for shard in manifest["shards"]} | {"manifest.json", "report.json"} == {
+        path.name for path in shards.iterdir()
+    }
+    for shard in manifest["shards"]:
+        data = (shards / shard["name"]).read_bytes()
+        assert len(data) == shard["bytes"]
+        assert hashlib.sha256(data).hexdigest() == shard["sha256"]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(drawn, shards, tmp_path, workers):
+    convert(*arguments(drawn, tmp_path / "again"), samples_per_shard=50, workers=workers)
+    assert contents(tmp_path / "again") == contents(shards)
+
+
+def test_seed_and_limits_change_order_not_content(drawn, shards, tmp_path):
+    other = convert(*arguments(drawn, tmp_path / "other"), samples_per_shard=50, seed=1).manifest
+    base = read_manifest(shards)
+    assert other.samples["id"] != base.samples["id"]
+    assert sorted(other.samples["id"]) == sorted(base.samples["id"])
+    assert base.samples["id"] != sorted(base.samples["id"])
+    assert other.digest != base.digest
+    by_size = convert(*arguments(drawn, tmp_path / "size"), shard_size_mb=1).manifest
+    assert len(by_size.shards) == 2
+    assert all(shard["bytes"] <= 2**20 + 1024 for shard in by_size.shards)
+
+
+def test_again_is_a_no_op_that_says_so(drawn, shards, command):
+    before = {path: path.stat().st_mtime_ns for path in shards.iterdir()}
+    result = command(
+        *("convert", "--images", drawn / "train", "--output", shards),
+        *("--annotations", drawn / "annotations" / "instances_train.json"),
+        *("--samples-per-shard", 50),
+    )
+    assert result.returncode == 0
+    assert "nothing to do" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in shards.iterdir()}
+
+
+def test_other_input_or_a_foreign_folder_is_refused(small, tmp_path, encoded):
+    content = small()
+    convert(*small.arguments)
+    before = contents(small.output)
+    content["annotations"][0]["area"] = 1
+    small.save(content)
+    with pytest.raises(ValueError, match=r"other input.*annotations"):
+        convert(*small.arguments)
+    small()
+    with pytest.raises(ValueError, match=r"other input.*options"):
+        convert(*small.arguments, seed=9)
+    (small.images / "0.jpg").write_bytes(encoded(seed=7, width=50))
+    with pytest.raises(ValueError, match=r"other input.*images"):
+        convert(*small.arguments)
+    assert contents(small.output) == before
+    for name in ("thesis.txt", "shard-000000.tar"):
+        foreign = tmp_path / f"foreign {name}"
+        foreign.mkdir()
+        (foreign / name).write_text("keep")
+        with pytest.raises(ValueError, match="something else"):
+            convert(small.images, small.annotations, foreign)
+        assert contents(foreign) == {name: b"keep"}
+
+
+def test_a_lost_shard_is_not_taken_for_complete(small):
+    small()
+    convert(*small.arguments)
+    (small.output / "shard-000000.tar").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"shard-000000.tar is missing or not of"):
+        convert(*small.arguments)
+
+
+def test_killed_and_run_again_gives_the_same_bytes(drawn, shards, tmp_path):
+    output = tmp_path / "killed"
+    images, annotations, _ = arguments(drawn, output)
+    code = (
+        "import os, sys, signal\n"
+        "from pathlib import Path\n"
+        "import data_prep.convert as c\n"
+        "write, count = c.encode_member, 0\n"
+        "def counted(*a):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count == 250: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return write(*a)\n"
+        "c.encode_member = counted\n"
+        "c.convert(*map(Path, sys.argv[1:]), samples_per_shard=50)\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, images, annotations, output], cwd=ROOT, timeout=60
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not (output / "manifest.json").exists()
+    # Two members a sample: two shards of fifty are complete, the third is half written.
+    kept = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
+    assert sorted(kept) == ["shard-000000.tar", "shard-000001.tar"]
+    with pytest.raises(ValueError, match="unfinished conversion of other input or options"):
+        convert(images, annotations, output, samples_per_shard=51)
+    time.sleep(0.01)
+    convert(images, annotations, output, samples_per_shard=50)
+    assert contents(output) == contents(shards)
+    assert all((output / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
+
+
+def test_image_formats_keep_their_extension(small, encoded):
+    content = small(1)
+    for i, (kind, name) in enumerate(
+        (("PNG", "a.PNG"), ("JPEG", "b.JPEG"), ("WEBP", "c.webp"), ("BMP", "d.bmp")), start=50
+    ):
+        (small.images / name).write_bytes(encoded(kind=kind))
+        content["images"].append({"id": i, "file_name": name, "width": 40, "height": 30})
+    small.save(content)
+    result = convert(*small.arguments)
+    assert result.problems == []
+    with tarfile.open(small.output / "shard-000000.tar") as tar:
+        assert {n for n in tar.getnames() if not n.endswith("json")} == {
+            "000000000010.jpg",
+            "000000000050.png",
+            "000000000051.jpg",
+            "000000000052.webp",
+            "000000000053.bmp",
+        }
+
+
+def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out(small):
+    content = small(12)
+    jpeg = (small.images / "2.jpg").read_bytes()
+    (small.images / "0.jpg").unlink()
+    (small.images / "1.jpg").write_bytes(b"")
+    (small.images / "2.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (small.images / "3.jpg").write_text("<html>404</html>")
+    content["images"][4]["width"], content["images"][4]["height"] = 30, 40
+    content["images"].append(content["images"][5] | {"file_name": "other.jpg"})
+    content["images"].append({"id": 60, "file_name": "../annotations.json"})
+    rows = content["annotations"]
+    rows[6]["bbox"] = [1, 1, 0, 5]
+    rows[7]["bbox"] = [1, 1, float("nan"), 5]
+    rows[8]["bbox"] = [35, 1, 10, 5]
+    rows[9]["bbox"] = None
+    rows[10]["category_id"] = 4
+    rows[11]["id"] = rows[10]["id"]
+    rows.append(rows[5] | {"id": 200, "image_id": 999})
+    rows.append(rows[5] | {"id": None})
+    rows.append(rows[5] | {"id": 201, "area": float("inf"), "bbox": [35, 25, 5.9, 5.9]})
+    small.save(content)
+    result = convert(*small.arguments)
+    found = {(p.kind, p.image_id, p.annotation_id) for p in result.problems}
+    assert found == {
+        ("missing image", 10, None),
+        ("corrupt image", 11, None),
+        ("corrupt image", 12, None),
+        ("corrupt image", 13, None),
+        ("size mismatch", 14, None),
+        ("duplicate image id", 15, None),
+        ("missing image", 60, None),
+        ("degenerate box", 16, 106),
+        ("non-finite number", 17, 107),
+        ("box outside image", 18, 108),
+        ("no box", 19, 109),
+        ("unknown category", 20, 110),
+        ("duplicate annotation id", 21, 110),
+        ("annotation without image", None, 200),
+        ("invalid annotation id", 15, None),
+        ("non-finite number", 15, 201),
+    }
+    details = {p.image_id: p.detail for p in result.problems if p.image_id in (12, 13, 14)}
+    assert "truncated" in details[12]
+    assert "not an image" in details[13]
+    assert "turned" in details[14]
+    manifest = read_manifest(small.output)
+    assert sorted(manifest.samples["id"]) == [15, 16, 17, 18, 19, 20, 21]
+    assert [q["image_id"] for q in manifest.quarantined] == [11, 12, 13, 15, 10, 60, 14]
+    assert manifest.num_annotations == 9
+    report = json.loads((small.output / "report.json").read_text())
+    assert len(report["problems"]) == len(result.problems)
+    assert report["counts"]["corrupt image"] == 3
+
+
+def test_strict_fails_and_without_it_the_work_is_kept(small):
+    small()
+    (small.images / "0.jpg").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"--strict: 1 problems, the first: corrupt image"):
+        convert(*small.arguments, strict=True)
+    assert not (small.output / "manifest.json").exists()
+    assert json.loads((small.output / "report.json").read_text())["counts"] == {"corrupt image": 1}
+    assert convert(*small.arguments).manifest.num_images == 3
+    with pytest.raises(ValueError, match="--strict"):
+        convert(*small.arguments, strict=True)
+
+
+def test_a_shard_of_corrupt_images_only_does_not_stop_readers(small):
+    small(3)
+    convert(*small.arguments, samples_per_shard=1)
+    first = read_manifest(small.output).samples["id"][0]
+    (small.images / f"{first - 10}.jpg").write_bytes(b"")
+    output = small.output.with_name("second")
+    manifest = convert(small.images, small.annotations, output, samples_per_shard=1).manifest
+    assert [shard["samples"] for shard in manifest.shards] == [0, 1, 1]
+    urls = [str(output / shard["name"]) for shard in manifest.shards]
+    assert len(list(webdataset.WebDataset(urls, shardshuffle=False))) == 2
+    assert read_manifest(output) == manifest
+
+
+def test_truncation_is_seen_behind_a_thumbnail(encoded):
+    thumbnail = encoded(16, 16)
+    whole = encoded(60, 60, seed=1)
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2) + thumbnail
+    data = whole[:2] + segment + whole[2:]
+    assert read_image_header(data) == ("jpg", 60, 60)
+    assert read_image_header(data + b"trailing bytes") == ("jpg", 60, 60)
+    for cut in (len(data) - 2, len(data) // 2):
+        with pytest.raises(ValueError, match="truncated"):
+            read_image_header(data[:cut])
+    with pytest.raises(ValueError, match="truncated"):
+        read_image_header(encoded(kind="PNG")[:-20])
+
+
+def test_damaged_images_raise_nothing_but_value_error(encoded):
+    """Each file flipped and cut at many places: accepted or refused, never a crash."""
+    refused = 0
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"):
+        whole = encoded(24, 18, kind)
+        decode_image(whole)
+        for step in range(150):
+            place = step * 7919 % len(whole)
+            damaged = bytearray(whole[: place if step % 3 == 0 else None])
+            if step % 3:
+                damaged[place] ^= 1 << step % 8
+            for check in (read_image_header, decode_image):
+                try:
+                    check(bytes(damaged))
+                except ValueError:
+                    refused += 1
+    assert refused > 300
