@@ -75,8 +75,8 @@ class Criterion(nn.Module):
 
         # Every class of every query counts as a negative, then the matched ones are corrected.
         alpha = self.config.focal_alpha
-        background = _negative_term(logits, alpha).flatten(1).sum(1)
-        correction = _positive_term(matched, alpha) - _negative_term(matched, alpha)
+        background = (1 - alpha) * _focal_term(logits).flatten(1).sum(1)
+        correction = alpha * _focal_term(-matched) - (1 - alpha) * _focal_term(matched)
         overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
         return {
             "loss_ce": background + correction.view(layers, -1).sum(1),
@@ -135,11 +135,6 @@ def _layer_groups(outputs: dict[str, Any], truth: Truth) -> list[Layers]:
     return groups
 
 
-def _positive_term(logits: Tensor, alpha: float) -> Tensor:
-    """Focal loss of a class that is there, gamma = 2."""
-    return alpha * (1 - logits.sigmoid()) ** 2 * -F.logsigmoid(logits)
-
-
-def _negative_term(logits: Tensor, alpha: float) -> Tensor:
-    """Focal loss of a class that is not there, gamma = 2."""
-    return (1 - alpha) * logits.sigmoid() ** 2 * -F.logsigmoid(-logits)
+def _focal_term(logits: Tensor) -> Tensor:
+    """Focal loss, gamma = 2, before alpha: of an absent class at x, of a present one at -x."""
+    return logits.sigmoid().square() * F.softplus(logits, threshold=40.0)

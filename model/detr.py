@@ -22,7 +22,7 @@ from model.geometry import (
 from model.heads import Heads
 from model.neck import Neck
 from model.position import encode_cells
-from model.precision import full_precision
+from model.precision import FullPrecisionLinear
 from model.proposals import ProposalStage
 from model.transformer import DecoderLayer, EncoderLayer
 
@@ -49,7 +49,7 @@ class DeformableDETR(nn.Module):
             self.proposals = ProposalStage(config)
         else:
             self.query_embed = nn.Parameter(torch.randn(config.num_queries, 2 * width))
-            self.reference_points = nn.Linear(width, 2)
+            self.reference_points = FullPrecisionLinear(width, 2)
             nn.init.xavier_uniform_(self.reference_points.weight)
             nn.init.zeros_(self.reference_points.bias)
 
@@ -104,7 +104,7 @@ class DeformableDETR(nn.Module):
     def _learned_queries(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """References [N, Q, 2], positions and contents [N, Q, C] of the learned queries."""
         position, content = self.query_embed.chunk(2, dim=-1)
-        references = full_precision(self.reference_points(position)).sigmoid()
+        references = self.reference_points(position).sigmoid()
         return (
             references.expand(batch, -1, -1),
             position.expand(batch, -1, -1),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model.boxes import inverse_sigmoid
 from model.config import ModelConfig
-from model.precision import full_precision
+from model.precision import FullPrecisionLinear
 
 PRIOR_PROBABILITY = 0.01
 """Foreground probability at the start (focal loss paper, section 3.3)."""
@@ -21,11 +21,11 @@ class BoxHead(nn.Module):
         super().__init__()
         self.hidden = nn.Sequential(
             nn.Linear(hidden_dim, hidden_dim),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
         )
-        self.output = nn.Linear(hidden_dim, 4)
+        self.output = FullPrecisionLinear(hidden_dim, 4)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
@@ -35,7 +35,7 @@ class BoxHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Q, C] to [N, Q, 4] in float32 at the least."""
-        return full_precision(self.output(self.hidden(x)))
+        return self.output(self.hidden(x))
 
 
 class Heads(nn.Module):

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from model.precision import FullPrecisionGroupNorm
+
 
 class Neck(nn.Module):
     """A 1x1 convolution for each backbone map, then 3x3 stride-2 ones for the coarser levels.
@@ -23,7 +25,8 @@ class Neck(nn.Module):
             assert convolution.bias is not None
             nn.init.zeros_(convolution.bias)
         self.levels = nn.ModuleList(
-            nn.Sequential(convolution, nn.GroupNorm(32, hidden_dim)) for convolution in convolutions
+            nn.Sequential(convolution, FullPrecisionGroupNorm(32, hidden_dim))
+            for convolution in convolutions
         )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:

@@ -15,7 +15,6 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
-        self.activation = nn.ReLU(inplace=True)
         self.inner_dropout = nn.Dropout(dropout)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_dim)
@@ -23,7 +22,7 @@ class FeedForward(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.inner_dropout(self.activation(self.linear1(x)))
+        hidden = self.inner_dropout(self.linear1(x).relu())
         return self.norm(x + self.dropout(self.linear2(hidden)))
 
 
