@@ -12,8 +12,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, contextmanager
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -84,8 +84,10 @@ def _die_with_parent() -> None:
 
 
 def _wait_until_up(address: str, head: subprocess.Popen, output: Path) -> None:
+    token = os.environ["RAY_AUTH_TOKEN"]
     request = urllib.request.Request(
-        f"{address}/api/version", headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+        f"{address}/api/version",
+        headers={"Authorization": f"Bearer {token}"},
     )
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:

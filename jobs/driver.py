@@ -1,7 +1,8 @@
 """The entry point of a training job: a Ray Train worker group around `pipeline.train.train`.
 
-Runs on the cluster as `python -m jobs.driver SPEC`. Prints progress, forwards metrics to MLflow,
-and ends with a summary. Exit status: 0, 2 after a user's mistake, 1 after another failure.
+Runs on the cluster as `python -m jobs.driver`, with a `JobSpec` in the environment. Prints
+progress, forwards metrics to MLflow, and ends with a summary. Exit status: 0, 2 after a user's
+mistake, 1 after another failure.
 """
 
 import os
@@ -17,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from jobs.progress import ProgressPrinter
-from jobs.spec import JobSpec
+from jobs.spec import SPEC_VARIABLE, JobSpec
 from jobs.summary import summary
 from jobs.tracking import Forwarder, default_tracking_uri
 from pipeline.config import RunConfig
@@ -47,10 +48,10 @@ def run(spec: JobSpec) -> None:
     dataset = open_dataset(config)
     micro_batch_size(config, spec.workers)
     steps_per_epoch(dataset.train, config.optimizer.batch_size)
-    ray.init(address="auto", log_to_driver=True, logging_level="WARNING")
+    # Workers speak through the run's metrics file; what libraries print is in Ray's own logs.
+    ray.init(address="auto", log_to_driver=False, logging_level="WARNING")
     use_gpu = wants_gpu(config, spec.workers, int(ray.cluster_resources().get("GPU", 0)))
-    device = "cuda" if use_gpu else "cpu"
-    config = replace(config, engine=replace(config.engine, device=device))
+    config = replace(config, engine=replace(config.engine, device="cuda" if use_gpu else "cpu"))
 
     folder.mkdir(parents=True, exist_ok=True)
     uri = spec.tracking_uri or default_tracking_uri(folder)
@@ -86,6 +87,7 @@ def wants_gpu(config: RunConfig, workers: int, gpus: int) -> bool:
 
 
 def fit(spec: JobSpec, config: RunConfig, use_gpu: bool) -> None:
+    resources = {"CPU": spec.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     for attempt in range(spec.restarts + 1):
         trainer = TorchTrainer(
             worker,
@@ -94,7 +96,7 @@ def fit(spec: JobSpec, config: RunConfig, use_gpu: bool) -> None:
             scaling_config=ScalingConfig(
                 num_workers=spec.workers,
                 use_gpu=use_gpu,
-                resources_per_worker={"CPU": spec.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+                resources_per_worker=resources,
             ),
             run_config=RayRunConfig(
                 storage_path=str(Path(spec.folder) / "ray"),
@@ -126,9 +128,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def main(spec: str) -> int:
+def main() -> int:
     try:
-        run(JobSpec.from_json(spec))
+        run(JobSpec.from_json(os.environ[SPEC_VARIABLE]))
     except PERMANENT as error:
         print(f"error: {error}", flush=True)
         return 2
@@ -136,4 +138,4 @@ def main(spec: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

@@ -36,6 +36,8 @@ class ProgressPrinter(threading.Thread):
             if line["kind"] == "event" and line["event"] == "start":
                 self.steps, self.epochs = line["steps"], line["epochs"]
                 self.first = (line["step"], line["time"])
+            elif line["kind"] == "event" and line["event"] == "message":
+                print(line["text"], flush=True)
             elif line["kind"] == "train" and line["step"] > self.shown:
                 self.shown = line["step"]
                 print(self.bar(line), flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+SPEC_VARIABLE = "TRAINING_JOB"  # of the job's environment, holding a `JobSpec` as JSON
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
 """Submission of a training job through the Ray Jobs API, and following it."""
 
 import asyncio
+import logging
 import os
 import re
-import shlex
 import sys
 import time
 from typing import Any
 
+from jobs.spec import ROOT, SPEC_VARIABLE, JobSpec
 from pipeline.errors import UserError
-
-from jobs.spec import ROOT, JobSpec
 
 # What a job does not need of the checkout. The built operators in .build/cuda_ops do travel,
 # although git ignores them.
@@ -25,8 +24,11 @@ QUIET_SECONDS = 5.0  # between two progress lines where the terminal cannot redr
 def connect(address: str) -> Any:
     """A Ray Jobs client. Raises `UserError` when nothing answers there."""
     os.environ.setdefault("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    # EXCLUDES says what stays behind; Ray would warn of each default that agrees with it.
+    os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except Exception as error:
@@ -42,12 +44,16 @@ def submit(client: Any, spec: JobSpec, name: str) -> str:
     taken = {job.submission_id for job in client.list_jobs()}
     attempt = next(n for n in range(len(taken) + 1) if f"{name}-{n}" not in taken)
     return client.submit_job(
-        entrypoint=f"python -m jobs.driver {shlex.quote(spec.to_json())}",
+        entrypoint="python -m jobs.driver",
         submission_id=f"{name}-{attempt}",
         runtime_env={
             "working_dir": str(ROOT),
             "excludes": EXCLUDES,
-            "env_vars": {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"},
+            "env_vars": {
+                SPEC_VARIABLE: spec.to_json(),
+                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed sooner
+                "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+            },
         },
         metadata={"folder": spec.folder, "recipe": spec.run_config().recipe},
     )

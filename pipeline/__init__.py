@@ -1,4 +1,4 @@
-"""One training process group: recipes, data, the DeepSpeed engine, training, evaluation, checkpoints.
+"""One training process group: recipes, data, engine, training, evaluation, checkpoints.
 
 Lives here: everything that one group of processes needs to train, evaluate and draw a detector,
 started alone (``python -m pipeline train``), by torchrun, or by a Ray job.

@@ -129,12 +129,14 @@ def load_model(path: Path) -> dict[str, Any]:
     if file.is_dir():
         file = file / "model.pt"
     if not file.exists():
-        raise UserError(f"{path} is not a checkpoint: expected a run folder, a step-… folder in "
-                        f"its checkpoints/, or a model.pt")
+        raise UserError(
+            f"{path} is not a checkpoint: expected a run folder, a step-… folder in "
+            f"its checkpoints/, or a model.pt"
+        )
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{file} cannot be read as a checkpoint of this pipeline: {error}") from None
+        raise UserError(f"{file} cannot be read as a checkpoint: {error}") from None
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -91,7 +91,7 @@ def _one_line(panel: str, known: list[str]) -> str:
 
 
 def parse_run(
-    kind: type[T], args: list[str], prog: str, description: str, **fixed: Any
+    kind: Callable[..., T], args: list[str], prog: str, description: str, **fixed: Any
 ) -> T:
     """Options of a command whose first word is a recipe: `kind` must have a `config: RunOptions`
     field; the recipe's values are its defaults."""
@@ -101,7 +101,7 @@ def parse_run(
         else:
             raise UserError(f"{prog}: expected a recipe first, one of {', '.join(RECIPES)}")
     default = kind(config=recipe(args[0]), **fixed)
-    return parse(kind, args[1:], f"{prog} {args[0]}", description, default)
+    return parse(type(default), args[1:], f"{prog} {args[0]}", description, default)
 
 
 RunOptions = Annotated[RunConfig, tyro.conf.arg(name="")]

@@ -114,9 +114,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "schedule.epochs", self.epochs, "1 or more")
-        _require(
-            0 <= self.warmup_fraction < 1, "schedule.warmup_fraction", self.warmup_fraction, "[0, 1)"
-        )
+        warmup = self.warmup_fraction
+        _require(0 <= warmup < 1, "schedule.warmup_fraction", warmup, "a share in [0, 1)")
         _require(0 <= self.final_factor <= 1, "schedule.final_factor", self.final_factor, "[0, 1]")
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ def start_process_group(device: torch.device) -> tuple[int, int]:
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if device.type == "cpu":
@@ -93,7 +95,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
         "offsets": optimizer.lr * optimizer.offsets_lr_factor,
         "rest": optimizer.lr,
     }
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": parameters, "lr": rates[name], "name": name}
         for name, parameters in parameter_groups(model).items()
         if parameters

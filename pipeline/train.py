@@ -71,9 +71,7 @@ def train(config: RunConfig, folder: Path) -> Path:
     """
     device = choose_device(config.engine)
     dataset = open_dataset(config)
-    config = replace(
-        config, model=replace(config.model, num_classes=dataset.labels.num_classes)
-    )
+    config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
     rank, world = start_process_group(device)
     main = rank == 0
     torch.use_deterministic_algorithms(config.engine.deterministic)
@@ -85,20 +83,30 @@ def train(config: RunConfig, folder: Path) -> Path:
     engine, criterion = build(config, epoch_steps, device)
     log = MetricsLog(folder)
 
-    def say(message: str) -> None:
-        if main:
-            print(message, flush=True)
+    said: list[str] = []  # written once the log is rewound
 
     # The order of starts: the run's own checkpoint, then given weights (in `build`), then scratch.
-    progress = checkpoint.resume(engine, folder, say) or Progress()
+    progress = checkpoint.resume(engine, folder, said.append) or Progress()
+    if progress.step:
+        said.append(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
+    elif not config.init.backbone and not config.init.weights and config.model.backbone != "tiny":
+        said.append(
+            f"{config.model.backbone} starts from random weights: --init.backbone FILE "
+            f"gives it ImageNet's, which the published AP needs"
+        )
     if main:
         log.rewind(progress.step)
-        log.write("event", progress.step, progress.step / epoch_steps, event="start", world=world,
-                  steps=config.schedule.epochs * epoch_steps, epochs=config.schedule.epochs)
-    if progress.step:
-        say(f"resumed at epoch {progress.epoch}, step {progress.step}")
-
-    if main:
+        position = progress.step, progress.step / epoch_steps
+        log.write(
+            "event",
+            *position,
+            event="start",
+            world=world,
+            steps=config.schedule.epochs * epoch_steps,
+            epochs=config.schedule.epochs,
+        )
+        for message in said:
+            log.write("event", *position, event="message", text=message)
         publish_best(folder, progress)  # a crash may have come between checkpoint and best.json
     truth = ground_truth(dataset.val) if main else None
     for epoch in range(progress.epoch, config.schedule.epochs):
@@ -150,7 +158,8 @@ def build(config: RunConfig, epoch_steps: int, device: torch.device) -> tuple[An
     if config.init.weights:
         state = torch.load(config.init.weights, map_location="cpu", weights_only=True)
         load_official(model, state.get("model", state))
-    return build_engine(model.to(device), config, epoch_steps), build_criterion(config.model).to(device)
+    engine = build_engine(model.to(device), config, epoch_steps)
+    return engine, build_criterion(config.model).to(device)
 
 
 def train_epoch(

@@ -9,8 +9,8 @@ from torch import nn
 
 from model.postprocess import postprocess
 from pipeline.config import RunConfig
-from pipeline.data.batch import collate, decode
 from pipeline.data.augment import resize_for_evaluation
+from pipeline.data.batch import collate, decode
 from pipeline.data.labels import Labels
 from pipeline.data.shards import Sample, ShardSet
 
@@ -96,4 +96,3 @@ def _sheet(tiles: list[Image.Image], columns: int) -> Image.Image:
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
     return sheet
-

@@ -39,9 +39,7 @@ class _Batches(Dataset):
             if self.random_key is None:
                 example = resize_for_evaluation(example, self.config)
             else:  # seeded by (seed, epoch, sample): the same pixels on any rank or worker
-                example = augment(
-                    example, self.config, random_stream(*self.random_key, int(index))
-                )
+                example = augment(example, self.config, random_stream(*self.random_key, int(index)))
             examples.append(example)
             records.append(sample.image)
         return collate(examples, records)
