@@ -1,8 +1,13 @@
 """The operators' door: `python -m cuda_ops build|check|benchmark`."""
 
 import argparse
+import json
+import secrets
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 from cuda_ops.build import BuildError, build
 
@@ -30,6 +35,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--cpu-only", action="store_true", help="leave the CUDA library out")
     command.add_argument("--force", action="store_true", help="rebuild what is up to date")
     command.set_defaults(run=_build)
+
+    command = _command(
+        commands,
+        "check",
+        "Compare the operators with their float64 definition on random inputs, in every dtype.",
+        "python -m cuda_ops check --device cuda",
+    )
+    _device(command)
+    command.add_argument("--seed", type=int, help="of the inputs (default: a fresh one)")
+    command.set_defaults(run=_check)
+
+    command = _command(
+        commands,
+        "benchmark",
+        "Time the fused operator against the grid_sample formulation.",
+        "python -m cuda_ops benchmark --threads 2 --output benchmark.json",
+    )
+    _device(command)
+    command.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    command.add_argument(
+        "--spread", type=float, default=2.0, help="pixels of offset, standard deviation (2)"
+    )
+    command.add_argument("--seconds", type=float, default=1.0, help="for each measurement (1)")
+    command.add_argument("--output", type=Path, help="write the figures as JSON, too")
+    command.set_defaults(run=_benchmark)
     return parser
 
 
@@ -44,12 +74,66 @@ def _command(
     )
 
 
+def _device(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
+    )
+
+
 def _build(options: argparse.Namespace) -> int:
     for built in build(cpu_only=options.cpu_only, force=options.force):
         done = f"built in {built.seconds:.1f} s" if built.seconds else "up to date"
         print(f"{built.device}: {done}, for {', '.join(built.targets)}, by {built.compiler}")
         print(f"  {built.path}")
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    device = _chosen_device(options)
+    # Not above: `build` must run where there is nothing to import yet.
+    from cuda_ops.check import check
+
+    seed = options.seed if options.seed is not None else secrets.randbelow(2**31)
+    print(f"checking on {device}, seed {seed}")
+    findings = check(device, seed)
+    failed = [finding for finding in findings if not finding.passed]
+    for dtype in dict.fromkeys(finding.dtype for finding in findings):
+        for tensor in dict.fromkeys(finding.tensor for finding in findings):
+            mine = [f for f in findings if f.dtype == dtype and f.tensor == tensor]
+            worst = max(mine, key=lambda f: f.error / f.allowed)
+            print(
+                f"  {str(dtype).removeprefix('torch.'):<9} {tensor:<13} {len(mine):3d} compared, "
+                f"worst relative error {worst.error:.1e} of {worst.allowed:.1e} allowed "
+                f"({worst.operator}, {worst.case})"
+            )
+    for finding in failed:
+        print(f"FAILED: {finding}")
+    print(f"{len(findings) - len(failed)} of {len(findings)} comparisons passed")
+    return 1 if failed else 0
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    device = _chosen_device(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    from cuda_ops.benchmark import benchmark, report, surroundings, table
+
+    facts = surroundings(device, options.spread)
+    for name, fact in facts.items():
+        print(f"{name}: {fact}")
+    rows = benchmark(device, options.spread, options.seconds)
+    print(table(rows))
+    if options.output is not None:
+        options.output.write_text(json.dumps(report(rows, facts), indent=2) + "\n")
+        print(f"written: {options.output}")
+    return 0
+
+
+def _chosen_device(options: argparse.Namespace) -> str:
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise ValueError("--device cuda, but torch sees no GPU here")
+    return str(options.device or ("cuda" if available else "cpu"))
 
 
 if __name__ == "__main__":
