@@ -46,7 +46,7 @@ class Criterion(nn.Module):
         of them all. The first stage is class agnostic: its labels are all 0. Raises ValueError
         if there is not one target for each image, FloatingPointError if predictions are NaN.
         """
-        last = outputs["pred_boxes"]
+        last = full_precision(outputs["pred_boxes"])
         if len(targets) != len(last):
             raise ValueError(f"targets: got {len(targets)}, expected one for each of {len(last)}")
         truth = gather_truth(targets, last)
@@ -118,7 +118,7 @@ def _layer_groups(outputs: dict[str, Any], truth: Truth) -> list[Layers]:
         Layers(
             names=[f"_{index}" for index in range(len(earlier))] + [""],
             logits=torch.stack([layer["pred_logits"] for layer in layers]),
-            boxes=torch.stack([layer["pred_boxes"] for layer in layers]),
+            boxes=full_precision(torch.stack([layer["pred_boxes"] for layer in layers])),
             labels=truth.labels,
         )
     ]
@@ -128,7 +128,7 @@ def _layer_groups(outputs: dict[str, Any], truth: Truth) -> list[Layers]:
             Layers(
                 names=["_enc"],
                 logits=first["pred_logits"][None],
-                boxes=first["pred_boxes"][None],
+                boxes=full_precision(first["pred_boxes"])[None],
                 labels=torch.zeros_like(truth.labels),
             )
         )

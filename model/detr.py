@@ -68,7 +68,8 @@ class DeformableDETR(nn.Module):
         padding = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         sizes = valid_sizes(masks)
         ratios = valid_ratios(sizes, shapes)
-        references = cell_references(ratios, shapes)
+        wide = torch.promote_types(torch.float32, self.level_embed.dtype)
+        references = cell_references(ratios, shapes).to(wide)
 
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
         position = encode_cells(masks, self.config.hidden_dim).to(tokens.dtype)
