@@ -55,7 +55,7 @@ def read_image_header(data: bytes) -> ImageHeader:
     """
     header = _with_image(data, lambda i: ImageHeader(EXTENSIONS[str(i.format)], i.width, i.height))
     # In the coded part of a JPEG 0xFF is always escaped, so an end marker there is a real one.
-    if header.extension == "jpg" and b"\xff\xd9" not in data[_scan_start(data) :]:
+    if header.extension == "jpg" and data.rfind(b"\xff\xd9", _scan_start(data)) < 0:
         raise ValueError(f"truncated: no end-of-image marker in {len(data)} bytes")
     if header.extension == "png" and b"IEND" not in data[-64:]:
         raise ValueError(f"truncated: no IEND chunk at the end of {len(data)} bytes")
@@ -104,7 +104,7 @@ def _scan_start(data: bytes) -> int:
 
 
 def size_mismatch(
-    recorded: tuple[int | None, int | None], actual: tuple[int, int], name: str
+    recorded: tuple[float | None, float | None], actual: tuple[int, int], name: str
 ) -> str | None:
     """What is wrong if a record gives another (width, height) than its file has."""
     if any(

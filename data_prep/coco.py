@@ -18,6 +18,7 @@ from data_prep.checks import Problem
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LARGEST_ID = 2**63 - 1
+_HEAD, _MIDDLE, _TAIL = '{"image": ', ', "annotations": [', "]}"
 
 
 class Span(NamedTuple):
@@ -32,8 +33,8 @@ class ImageRecord(NamedTuple):
 
     id: int
     file_name: str
-    width: int | None
-    height: int | None
+    width: float | None
+    height: float | None
     span: Span
 
 
@@ -60,8 +61,14 @@ class CocoFile:
         """The `KEY.json` of an image: {"image": record, "annotations": [records]}, UTF-8."""
         own = self.annotations.get(image.id, ())
         rows = ", ".join(self.text[start:end] for start, end in own)
-        record = self.text[slice(*image.span)]
-        return f'{{"image": {record}, "annotations": [{rows}]}}'.encode()
+        return f"{_HEAD}{self.text[slice(*image.span)]}{_MIDDLE}{rows}{_TAIL}".encode()
+
+    def sample_characters(self, image: ImageRecord) -> int:
+        """Length of `sample_json` in characters (bytes, where all is ASCII), without making it."""
+        spans = [image.span, *self.annotations.get(image.id, ())]
+        separators = 2 * max(0, len(spans) - 2)
+        text = sum(end - start for start, end in spans)
+        return len(_HEAD) + len(_MIDDLE) + len(_TAIL) + separators + text
 
 
 def read_coco(path: Path) -> CocoFile:
@@ -223,7 +230,7 @@ class _Reader:
             seen.add(image.id)
         return self._end
 
-    def _side(self, record: dict[str, Any], name: str) -> int | None:
+    def _side(self, record: dict[str, Any], name: str) -> float | None:
         value = record.get(name)
         if value is None:
             return None
@@ -231,7 +238,7 @@ class _Reader:
             raise self._not_coco(
                 f"image {record['id']} has {name} {_short(value)}, expected a positive number"
             )
-        return int(value)
+        return value
 
     def _annotations(self, position: int) -> int:
         if self.by_image is not None:

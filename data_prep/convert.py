@@ -5,6 +5,7 @@ and the sizes of the image files alone; then every shard is one task. So any num
 writes the same bytes, and after an interruption finished shards are kept.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,8 +59,8 @@ class _Item(NamedTuple):
 
     id: int
     file_name: str
-    width: int | None
-    height: int | None
+    width: float | None
+    height: float | None
     record: bytes
 
 
@@ -142,21 +144,36 @@ def convert(
         return Conversion(manifest, problems, fresh=False)
 
     plan = _plan(coco, sizes, shard_size_mb * 2**20, samples_per_shard, seed)
-    shards = _write_shards(coco, plan, images, output, source, workers)
-    problems += [problem for shard in shards for problem in shard.problems]
-    problems.sort(key=lambda p: (p.kind, p.image_id or 0))
-    if not any(shard.columns["id"] for shard in shards):
-        raise ValueError(
-            f"none of the {len(coco.images)} images of {annotations} is usable "
-            f"(the first: {next(p.detail for p in problems if p.kind in QUARANTINE)})"
-        )
-    manifest = _manifest(coco, shards, problems, source)
-    counts = dict(sorted(Counter(problem.kind for problem in problems).items()))
-    write_json(output / REPORT, {"counts": counts, "problems": problems})
-    _fail_if(strict, problems, output)
-    write_manifest(output, manifest)
-    shutil.rmtree(output / STATE)
+    (output / STATE).mkdir(parents=True, exist_ok=True)
+    with _locked(output / STATE):
+        shards = _write_shards(coco, plan, images, output, source, workers)
+        problems += [problem for shard in shards for problem in shard.problems]
+        problems.sort(key=lambda p: (p.kind, p.image_id or 0))
+        if not any(shard.columns["id"] for shard in shards):
+            raise ValueError(
+                f"none of the {len(coco.images)} images of {annotations} is usable "
+                f"(the first: {next(p.detail for p in problems if p.kind in QUARANTINE)})"
+            )
+        manifest = _manifest(coco, shards, problems, source)
+        counts = dict(sorted(Counter(problem.kind for problem in problems).items()))
+        write_json(output / REPORT, {"counts": counts, "problems": problems})
+        _fail_if(strict, problems, output)
+        write_manifest(output, manifest)
+        shutil.rmtree(output / STATE)
     return Conversion(manifest, problems, fresh=True)
+
+
+@contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    """Two conversions into one folder at once would overwrite each other's shards."""
+    with (state / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another conversion is writing to {state.parent}; wait for it or stop it"
+            ) from None
+        yield
 
 
 def _fail_if(strict: bool, problems: list[Problem], output: Path) -> None:
@@ -232,16 +249,14 @@ def _plan(
         return hashlib.sha256(f"{seed}:{image.id}".encode()).digest()
 
     shards: list[list[ImageRecord]] = []
-    filled = most_bytes
+    filled = 0
     for image in sorted((i for i in coco.images if sizes[i.id] is not None), key=rank):
         size = sizes[image.id]
         assert size is not None
-        # Text length stands for the record's; it differs only where it is not ASCII.
-        text = sum(end - start for start, end in coco.annotations.get(image.id, ()))
-        length = member_length(size) + member_length(text + image.span.end - image.span.start)
+        length = member_length(size) + member_length(coco.sample_characters(image))
         if not shards or filled + length > most_bytes or len(shards[-1]) == most_samples:
             shards.append([])
-            filled = 0
+            filled = len(END)
         shards[-1].append(image)
         filled += length
     return shards
@@ -257,7 +272,6 @@ def _write_shards(
 ) -> list[_Shard]:
     """Write the shards that are not there yet; a result file stands for a finished one."""
     state = output / STATE
-    state.mkdir(parents=True, exist_ok=True)
     plan_file = state / "plan.json"
     if plan_file.exists():
         if json.loads(plan_file.read_bytes()) != source:

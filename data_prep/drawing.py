@@ -64,7 +64,7 @@ def draw_picture(rng: np.random.Generator) -> Picture:
             longest = min(width, height) - 2 * MARGIN
             side = rng.uniform(110 if shape == "circle" else 99, longest)
             _place(rng, canvas, shape, side, objects, visible, turn=0.05)
-        for _ in range(rng.integers(1, 9)):
+        for _ in range(rng.integers(1, 9) - len(objects)):
             shape = SHAPES[rng.integers(len(SHAPES))]
             side = math.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST)))
             _place(rng, canvas, shape, side, objects, visible)

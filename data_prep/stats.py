@@ -143,6 +143,7 @@ def save_plots(stats: Statistics, folder: Path) -> list[Path]:
     labels = [stats.names[n].replace("$", r"\$")[:30] for n in ranked]
     axes.set_xticks(positions, labels, rotation=90 if len(ranked) > 8 else 0)
     axes.set_ylabel("count")
+    axes.margins(y=0.2)
     axes.legend()
     figure.savefig(paths[0], dpi=120)
 

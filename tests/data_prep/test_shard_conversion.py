@@ -1,3 +1,4 @@
+import fcntl
 import hashlib
 import io
 import json
@@ -104,9 +105,14 @@ def test_seed_and_limits_change_order_not_content(drawn, shards, tmp_path):
     assert sorted(other.samples["id"]) == sorted(base.samples["id"])
     assert base.samples["id"] != sorted(base.samples["id"])
     assert other.digest != base.digest
+    # A shard is closed only when the next sample would not fit.
     by_size = convert(*arguments(drawn, tmp_path / "size"), shard_size_mb=1).manifest
-    assert len(by_size.shards) == 2
-    assert all(shard["bytes"] <= 2**20 + 1024 for shard in by_size.shards)
+    assert len(by_size.shards) >= 2
+    assert all(shard["bytes"] <= 2**20 for shard in by_size.shards)
+    first, second = by_size.shards[:2]
+    next_length = by_size.samples["length"][first["samples"]]
+    assert first["bytes"] + next_length > 2**20
+    assert second["samples"] > 0
 
 
 def test_again_is_a_no_op_that_says_so(drawn, shards, command):
@@ -183,6 +189,55 @@ def test_killed_and_run_again_gives_the_same_bytes(drawn, shards, tmp_path):
     convert(images, annotations, output, samples_per_shard=50)
     assert contents(output) == contents(shards)
     assert all((output / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    """Or they would write into the shards of the run that continues."""
+    code = (
+        "import sys, time\n"
+        "from data_prep.parallel import ordered_map\n"
+        "if __name__ == '__main__':\n"
+        "    list(ordered_map(time.sleep, [60] * 4, 2))\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    def state(process):
+        """One letter and the parent's id, from proc(5); None if there is no such process."""
+        try:
+            stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return stat[0], int(stat[1])
+
+    def children():
+        every = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        return [number for number in every if (state(number) or ("", 0))[1] == parent.pid]
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    wait_for(lambda: len(children()) == 3)  # two workers and multiprocessing's resource tracker
+    time.sleep(1)  # until the workers have started their sleep
+    started = children()
+    assert len(started) == 3
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: all(state(number) is None or state(number)[0] == "Z" for number in started))
+
+
+def test_two_conversions_into_one_folder_are_refused(small):
+    small()
+    (small.output / ".convert").mkdir(parents=True)
+    with (small.output / ".convert" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another conversion is writing"):
+            convert(*small.arguments)
+    assert convert(*small.arguments).fresh
 
 
 def test_image_formats_keep_their_extension(small, encoded):
