@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,9 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    parent = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    parent = subprocess.Popen(
+        [sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True
+    )
 
     def state(process):
         """One letter and the parent's id, from proc(5); None if there is no such process."""
@@ -221,13 +224,19 @@ def test_workers_end_with_a_killed_parent(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    wait_for(lambda: len(children()) == 3)  # two workers and multiprocessing's resource tracker
-    time.sleep(1)  # until the workers have started their sleep
-    started = children()
-    assert len(started) == 3
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: all(state(number) is None or state(number)[0] == "Z" for number in started))
+    started = []
+    try:
+        # Two workers and multiprocessing's resource tracker.
+        wait_for(lambda: len(children()) == 3)
+        time.sleep(1)  # until the workers have started their sleep
+        started = children()
+        assert len(started) == 3
+        parent.kill()
+        parent.wait()
+        wait_for(lambda: all((state(number) or "Z")[0] == "Z" for number in started))
+    finally:
+        with suppress(ProcessLookupError):  # the session has processes of this test only
+            os.killpg(parent.pid, signal.SIGKILL)
 
 
 def test_two_conversions_into_one_folder_are_refused(small):
