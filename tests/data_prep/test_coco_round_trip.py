@@ -82,7 +82,7 @@ def canonical(content):
     return json.dumps(ordered, sort_keys=True)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     content=coco_files(),
     ascii_only=st.booleans(),
