@@ -103,8 +103,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: got {reason!r}, expected a state dict by torch.save") from error
+        reason = (str(error) or "an empty file").splitlines()[0]
+        raise ValueError(f"{path}: {reason}; expected a state dict by torch.save") from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):

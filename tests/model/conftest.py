@@ -19,11 +19,11 @@ def small_config() -> Callable[..., ModelConfig]:
             "num_classes": 5,
             "num_queries": 9,
             "backbone": "tiny",
-            "hidden_dim": 32,
+            "hidden_dim": 64,
             "num_heads": 2,
             "encoder_layers": 2,
             "decoder_layers": 2,
-            "feedforward_dim": 64,
+            "feedforward_dim": 96,
             "dropout": 0.0,
             "proposal_scale": 0.1,
         }
