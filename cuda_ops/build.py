@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from cuda_ops.library import FOLDER, SOURCES, library_path, sources_digest, stamp_path
+from cuda_ops.library import FOLDER, SOURCES, file_digest, library_path, sources_digest, stamp_path
 
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 
@@ -167,8 +167,16 @@ def _build(
         "targets": list(targets),
     }
     library, record = library_path(device), stamp_path(device)
-    made = library.exists() and record.exists() and json.loads(record.read_text()) == stamp
-    if made and not force:
+    made = library.exists() and record.exists()
+    if (
+        made
+        and not force
+        and json.loads(record.read_text())
+        == {
+            **stamp,
+            "library": file_digest(library),
+        }
+    ):
         return Built(device, library, targets, version, 0.0)
 
     start = time.perf_counter()
@@ -185,7 +193,7 @@ def _build(
         linked = Path(folder) / library.name
         _run([linker, *objects, *link, "-o", str(linked)])
         written = Path(folder) / record.name
-        written.write_text(json.dumps(stamp, indent=2))
+        written.write_text(json.dumps({**stamp, "library": file_digest(linked)}, indent=2))
         # The record goes last: a build cut off in between leaves one that no longer matches.
         os.replace(linked, library)
         os.replace(written, record)

@@ -28,6 +28,10 @@ def sources_digest(device: str) -> str:
     return digest.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def library_path(device: str) -> Path:
     return FOLDER / f"libcuda_ops_{device}.so"
 
@@ -46,11 +50,14 @@ def load(device: str) -> None:
     path = library_path(device)
     if not path.exists() or not stamp_path(device).exists():
         raise ImportError(f"the {device} operators are not built (no {path}); {REMEDY}")
-    built_from = json.loads(stamp_path(device).read_text())["sources"]
-    if built_from != sources_digest(device):
+    record = json.loads(stamp_path(device).read_text())
+    if record["sources"] != sources_digest(device):
         raise ImportError(
             f"{path} was built from other sources than those in {SOURCES}; re{REMEDY}"
         )
+    # Loading a file that a copy left incomplete would end the process, not raise.
+    if record["library"] != file_digest(path):
+        raise ImportError(f"{path} is not the file that was built, a torn copy?; re{REMEDY}")
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -1,0 +1,329 @@
+"""The build, the loading of its products, and `python -m cuda_ops`.
+
+Whatever spoils a library is done in a copy of the package, beside which there is no build yet.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cuda_ops import benchmark
+from cuda_ops.__main__ import main
+from cuda_ops.build import CUDA_ARCHITECTURES, BuildError, find_nvcc
+from cuda_ops.cases import Case
+from cuda_ops.library import FOLDER, library_path, source_files, sources_digest, stamp_path
+
+PACKAGE = Path(__file__).parents[2] / "cuda_ops"
+needs_cuda_library = pytest.mark.skipif(
+    torch.version.cuda is None or not library_path("cuda").exists(),
+    reason="torch is not a CUDA build, or the CUDA library was left out (--cpu-only)",
+)
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A checkout with nothing but the package, not built."""
+    shutil.copytree(PACKAGE, tmp_path / "cuda_ops", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def copy_products(to: Path) -> None:
+    folder = to / ".build" / "cuda_ops"
+    folder.mkdir(parents=True)
+    for device in ("cpu", "cuda"):
+        for path in (library_path(device), stamp_path(device)):
+            if path.exists():
+                shutil.copy(path, folder)
+
+
+def test_missing_library_says_how_to_build(bare: Path) -> None:
+    done = python(bare, "-c", "import cuda_ops.ops")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: the cpu operators are not built")
+    assert last.endswith("build it with: python -m cuda_ops build")
+
+
+def test_door_reports_a_missing_library_in_one_line(bare: Path) -> None:
+    for command in ("check", "benchmark"):
+        done = python(bare, "-m", "cuda_ops", command, "--device", "cpu")
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: the cpu operators are not built")
+        assert done.stderr.count("\n") == 1
+
+
+def test_library_of_other_sources_is_refused(bare: Path) -> None:
+    copy_products(bare)
+    assert python(bare, "-c", "import cuda_ops.ops").returncode == 0
+    source = bare / "cuda_ops" / "csrc" / "cpu" / "kernels.cpp"
+    source.write_text(source.read_text() + "// changed\n")
+    done = python(bare, "-c", "import cuda_ops.ops")
+    assert "was built from other sources" in done.stderr
+    assert "python -m cuda_ops build" in done.stderr
+
+
+def test_torn_library_is_refused(bare: Path) -> None:
+    copy_products(bare)
+    library = bare / ".build" / "cuda_ops" / library_path("cpu").name
+    library.write_bytes(library.read_bytes()[:5000])
+    done = python(bare, "-c", "import cuda_ops.ops")
+    assert done.returncode == 1
+    assert "is not the file that was built" in done.stderr.splitlines()[-1]
+    assert python(bare, "-m", "cuda_ops", "build", "--help").returncode == 0
+
+
+def test_library_that_does_not_load_is_an_import_error(bare: Path) -> None:
+    copy_products(bare)
+    folder = bare / ".build" / "cuda_ops"
+    (folder / library_path("cpu").name).write_bytes(b"not a library")
+    record = json.loads((folder / "cpu.json").read_text())
+    record["library"] = hashlib.sha256(b"not a library").hexdigest()
+    (folder / "cpu.json").write_text(json.dumps(record))
+    done = python(bare, "-c", "import cuda_ops.ops")
+    assert done.stderr.splitlines()[-1].startswith("ImportError")
+    assert "does not load" in done.stderr
+
+
+@needs_cuda_library
+def test_without_the_cuda_library_the_cpu_works_and_a_gpu_tensor_is_refused(bare: Path) -> None:
+    copy_products(bare)
+    (bare / ".build" / "cuda_ops" / library_path("cuda").name).unlink()
+    program = """
+import torch
+from cuda_ops.ops import fused_deformable_attention
+from cuda_ops import ops
+points = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1)
+print(fused_deformable_attention(torch.ones(1, 1, 1, 1), [(1, 1)], *points).shape)
+class OnGpu(torch.Tensor):
+    is_cuda = True
+try:
+    ops._check_value(torch.ones(1, 1, 1, 1).as_subclass(OnGpu), [1, 1])
+except ImportError as error:
+    print(error)
+"""
+    done = python(bare, "-c", program)
+    assert done.stdout.splitlines() == [
+        "torch.Size([1, 1, 1])",
+        "the cuda operators are not built; build it with: python -m cuda_ops build",
+    ], done.stderr
+
+
+@needs_cuda_library
+def test_cuda_library_registers_every_operator_without_a_gpu() -> None:
+    import cuda_ops.ops  # noqa: F401  (loads both libraries)
+
+    for name in ("multi_scale_deformable_attention", "fused_deformable_attention"):
+        for operator in (name, f"{name}_backward"):
+            for key in ("CPU", "CUDA"):
+                assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cuda_ops::{operator}", key)
+
+
+@needs_cuda_library
+def test_cuda_library_holds_code_for_every_architecture() -> None:
+    """The names of the architectures stand in the compressed code's headers as numbers only, so
+    ask the record of the build, and the compiler that made it."""
+    stamp = json.loads(stamp_path("cuda").read_text())
+    assert stamp["targets"] == [f"sm_{arch}" for arch in CUDA_ARCHITECTURES]
+    assert stamp["sources"] == sources_digest("cuda")
+    assert b".nv_fatbin" in library_path("cuda").read_bytes()
+
+
+def compiler_script(folder: Path, line: str) -> str:
+    """A compiler of our own: `line` is bash, with the real one in $real."""
+    script = folder / "compiler"
+    script.write_text(f'#!/bin/bash\nreal="{os.environ.get("CXX", "g++")}"\n{line}\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_build_of_a_bare_checkout_by_two_processes_at_once(bare: Path) -> None:
+    """One builds, the other waits and finds it done; a third time nothing is left to do."""
+    compiler = compiler_script(bare, 'exec $real "${@/-O3/-O0}"')  # unoptimised: quicker to build
+    command = [sys.executable, "-m", "cuda_ops", "build", "--cpu-only"]
+    environment = {**os.environ, "PYTHONPATH": str(bare), "CXX": compiler}
+    both = [
+        subprocess.Popen(
+            command, cwd=bare, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted("up to date" in out for out, _ in said) == [False, True]
+    assert all("for baseline" in out for out, _ in said)
+    assert python(bare, "-c", "import cuda_ops.ops").returncode == 0
+    left = {path.name for path in (bare / ".build" / "cuda_ops").iterdir()}
+    assert left == {"libcuda_ops_cpu.so", "cpu.json", "lock"}
+
+
+def test_up_to_date_until_sources_flags_or_library_change(bare: Path) -> None:
+    log = bare / "log"
+    fake = f'[ "$1" = --version ] && exec $real --version; echo "$@" >> {log}; touch "${{@: -1}}"'
+    compiler = compiler_script(bare, fake)
+
+    def compiled() -> int:
+        log.write_text("")
+        done = python(bare, "-m", "cuda_ops", "build", "--cpu-only", CXX=compiler)
+        assert done.returncode == 0, done.stderr
+        commands = len(log.read_text().splitlines())
+        assert ("up to date" in done.stdout) == (commands == 0)
+        return commands
+
+    assert compiled() > 1
+    assert compiled() == 0
+    source = bare / "cuda_ops" / "csrc" / "checks.h"
+    source.write_text(source.read_text() + "// changed\n")
+    assert compiled() > 1
+    flags = bare / "cuda_ops" / "build.py"
+    flags.write_text(flags.read_text().replace('"-O3"', '"-O2"'))
+    assert compiled() > 1
+    (bare / ".build" / "cuda_ops" / library_path("cpu").name).write_bytes(b"torn")
+    assert compiled() > 1
+    assert compiled() == 0
+
+
+def test_failing_build_says_what_failed_and_keeps_the_library(bare: Path) -> None:
+    copy_products(bare)
+    library = bare / ".build" / "cuda_ops" / library_path("cpu").name
+    before = library.read_bytes()
+    fail = '[ "$1" = --version ] && exec $real --version; echo "bad line in $2" >&2; exit 1'
+    compiler = compiler_script(bare, fail)
+    done = python(bare, "-m", "cuda_ops", "build", "--cpu-only", CXX=compiler)
+    assert done.returncode == 2
+    assert "bad line in" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert library.read_bytes() == before
+    assert python(bare, "-c", "import cuda_ops.ops").returncode == 0
+
+
+def test_missing_compiler_is_named(bare: Path) -> None:
+    done = python(bare, "-m", "cuda_ops", "build", "--cpu-only", CXX="no-such-compiler")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no no-such-compiler; install a C++ compiler")
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is not a CUDA build")
+def test_missing_nvcc_is_an_error_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cuda_ops.build.TORCH", tmp_path / "torch")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match=r"no nvcc in .*install nvidia-cuda-nvcc.*--cpu-only"):
+        find_nvcc()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch()
+    assert find_nvcc() == nvcc
+
+
+def test_digest_covers_contents_and_names(bare: Path) -> None:
+    program = "from cuda_ops.library import sources_digest as d; print(d('cpu'), d('cuda'))"
+
+    def digests() -> list[str]:
+        return python(bare, "-c", program).stdout.split()
+
+    first = digests()
+    assert first == [sources_digest("cpu"), sources_digest("cuda")]
+    csrc = bare / "cuda_ops" / "csrc"
+    (csrc / "cuda" / "phases.h").write_text("// changed\n")
+    assert digests()[0] == first[0]
+    assert digests()[1] != first[1]
+    (csrc / "checks.h").rename(csrc / "check.h")
+    assert digests()[0] != first[0]
+
+
+def test_products_lie_in_an_ignored_folder() -> None:
+    assert FOLDER.relative_to(PACKAGE.parent) == Path(".build/cuda_ops")
+    assert all(path.is_relative_to(PACKAGE) for path in source_files("cpu"))
+
+
+@pytest.mark.parametrize("command", ["build", "check", "benchmark"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"example: python -m cuda_ops {command}" in capsys.readouterr().out
+
+
+def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["mend"])
+    assert end.value.code == 2
+    assert "invalid choice: 'mend'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--device", "cuda"]) == 2
+    assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_check_fails_when_a_kernel_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cuda_ops import check, ops
+
+    right = ops.fused_deformable_attention
+    monkeypatch.setattr(ops, "fused_deformable_attention", lambda *x: right(*x) * 1.0001)
+    monkeypatch.setattr(check, "CASES", check.CASES[2:3])
+    assert main(["check", "--device", "cpu", "--seed", "1"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_benchmark_table_and_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    case = Case("tiny", N=1, shapes=((4, 4), (2, 2)), M=2, D=8, Q=20, K=2)
+    monkeypatch.setattr(benchmark, "CPU_CASES", (case,))
+    output = tmp_path / "figures.json"
+    threads = torch.get_num_threads()
+    try:
+        arguments = ["--device", "cpu", "--threads", "1", "--seconds", "0.01", "--spread", "3"]
+        assert main(["benchmark", *arguments, "--output", str(output)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "tiny" in printed
+    figures = json.loads(output.read_text())
+    assert figures["threads"] == 1
+    assert figures["torch"] == torch.__version__
+    assert "standard deviation 3.0 px" in figures["inputs"]
+    assert [row["dtype"] for row in figures["rows"]] == ["float32", "bfloat16"]
+    for row in figures["rows"]:
+        assert 0 < row["forward"] < row["both"]
+        assert 0 < row["grid_forward"] < row["grid_both"]
+
+
+def test_benchmark_compares_equal_results() -> None:
+    """The grid_sample formulation computes the same attention, or its time would mean nothing."""
+    from cuda_ops.cases import make_inputs
+    from cuda_ops.ops import fused_deformable_attention
+
+    case = Case("equal", N=2, shapes=((5, 4), (2, 3)), M=2, D=8, Q=7, K=3)
+    generator = torch.Generator().manual_seed(0)
+    inputs = make_inputs(case, torch.float64, "cpu", generator, 2.0, margin=0.2).leaves()
+    results = [
+        operator(inputs[0], case.shapes, *inputs[1:])
+        for operator in (benchmark.grid_sample_attention, fused_deformable_attention)
+    ]
+    torch.testing.assert_close(*results)
