@@ -299,7 +299,7 @@ print(len(findings), [finding for finding in findings if not finding.passed])
     for name in ("baseline", "avx2", "avx512"):  # one the machine lacks falls back to baseline
         done = subprocess.run(
             [sys.executable, "-c", program],
-            env={**os.environ, "CUDA_OPS_CPU": name},
+            env={**os.environ, "CUDA_OPS_CPU": name, "OMP_NUM_THREADS": "1"},
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,

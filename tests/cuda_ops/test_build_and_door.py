@@ -87,7 +87,6 @@ def test_torn_library_is_refused(bare: Path) -> None:
     done = python(bare, "-c", "import cuda_ops.ops")
     assert done.returncode == 1
     assert "is not the file that was built" in done.stderr.splitlines()[-1]
-    assert python(bare, "-m", "cuda_ops", "build", "--help").returncode == 0
 
 
 def test_library_that_does_not_load_is_an_import_error(bare: Path) -> None:
@@ -178,27 +177,29 @@ def test_build_of_a_bare_checkout_by_two_processes_at_once(bare: Path) -> None:
 def test_up_to_date_until_sources_flags_or_library_change(bare: Path) -> None:
     log = bare / "log"
     fake = f'[ "$1" = --version ] && exec $real --version; echo "$@" >> {log}; touch "${{@: -1}}"'
-    compiler = compiler_script(bare, fake)
-
-    def compiled() -> int:
-        log.write_text("")
-        done = python(bare, "-m", "cuda_ops", "build", "--cpu-only", CXX=compiler)
-        assert done.returncode == 0, done.stderr
-        commands = len(log.read_text().splitlines())
-        assert ("up to date" in done.stdout) == (commands == 0)
-        return commands
-
-    assert compiled() > 1
-    assert compiled() == 0
-    source = bare / "cuda_ops" / "csrc" / "checks.h"
-    source.write_text(source.read_text() + "// changed\n")
-    assert compiled() > 1
-    flags = bare / "cuda_ops" / "build.py"
-    flags.write_text(flags.read_text().replace('"-O3"', '"-O2"'))
-    assert compiled() > 1
-    (bare / ".build" / "cuda_ops" / library_path("cpu").name).write_bytes(b"torn")
-    assert compiled() > 1
-    assert compiled() == 0
+    program = f"""
+from pathlib import Path
+import cuda_ops.build as subject
+from cuda_ops.library import SOURCES, library_path
+log = Path({str(log)!r})
+def compiled():
+    log.write_text("")
+    (built,) = subject.build(cpu_only=True)
+    commands = log.read_text().count(chr(10))
+    assert (built.seconds == 0) == (commands == 0)
+    return commands
+counts = [compiled(), compiled()]
+source = SOURCES / "checks.h"
+source.write_text(source.read_text() + "// changed")
+counts += [compiled(), compiled()]
+subject.HOST_FLAGS[0] = "-O2"
+counts += [compiled(), compiled()]
+library_path("cpu").write_bytes(b"torn")
+counts += [compiled(), compiled()]
+print(*(int(count > 0) for count in counts))
+"""
+    done = python(bare, "-c", program, CXX=compiler_script(bare, fake))
+    assert done.stdout == "1 0 1 0 1 0 1 0\n", done.stderr
 
 
 def test_failing_build_says_what_failed_and_keeps_the_library(bare: Path) -> None:
@@ -212,7 +213,6 @@ def test_failing_build_says_what_failed_and_keeps_the_library(bare: Path) -> Non
     assert "bad line in" in done.stderr
     assert "Traceback" not in done.stderr
     assert library.read_bytes() == before
-    assert python(bare, "-c", "import cuda_ops.ops").returncode == 0
 
 
 def test_missing_compiler_is_named(bare: Path) -> None:
@@ -236,20 +236,16 @@ def test_missing_nvcc_is_an_error_with_a_remedy(
     assert find_nvcc() == nvcc
 
 
-def test_digest_covers_contents_and_names(bare: Path) -> None:
-    program = "from cuda_ops.library import sources_digest as d; print(d('cpu'), d('cuda'))"
-
-    def digests() -> list[str]:
-        return python(bare, "-c", program).stdout.split()
-
-    first = digests()
-    assert first == [sources_digest("cpu"), sources_digest("cuda")]
+def test_digest_covers_contents_and_names(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [sources_digest("cpu"), sources_digest("cuda")]
     csrc = bare / "cuda_ops" / "csrc"
+    monkeypatch.setattr("cuda_ops.library.SOURCES", csrc)
+    assert [sources_digest("cpu"), sources_digest("cuda")] == expected
     (csrc / "cuda" / "phases.h").write_text("// changed\n")
-    assert digests()[0] == first[0]
-    assert digests()[1] != first[1]
+    assert sources_digest("cpu") == expected[0]
+    assert sources_digest("cuda") != expected[1]
     (csrc / "checks.h").rename(csrc / "check.h")
-    assert digests()[0] != first[0]
+    assert sources_digest("cpu") != expected[0]
 
 
 def test_products_lie_in_an_ignored_folder() -> None:
