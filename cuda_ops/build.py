@@ -126,6 +126,8 @@ def _build_cuda(force: bool) -> Built:
         )
     flags = [*DEFINES, "-DUSE_CUDA", *INCLUDES, "-O3", "-std=c++20", "--expt-relaxed-constexpr"]
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
+    if "CXX" in os.environ:
+        flags += ["-ccbin", os.environ["CXX"]]
     for arch in CUDA_ARCHITECTURES:
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     # The newest architecture also as PTX, for GPUs that are newer still.

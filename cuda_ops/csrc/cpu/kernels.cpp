@@ -12,6 +12,7 @@ namespace {
 using cuda_ops::Problem;
 
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kPadding = 16;  // points are padded to a multiple: the longest vector of floats
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
@@ -40,6 +41,8 @@ struct Points {
   int32_t* level;
   A *x, *y;                 // inputs, then pixel coordinates
   A *scale_x, *scale_y;     // pixels per unit of the raw input
+  A *origin_x, *origin_y;   // [L]: pixel of the reference point
+  A *unit_x, *unit_y;       // [L]: pixels per unit of offset
   A* attention;
   A *left, *right, *top, *bottom;  // shares of the two columns and rows
   A* corners;               // [P, 4]: shares of the four corners, times the attention weight
@@ -49,7 +52,7 @@ struct Points {
   A* grad_y;
   A* grad_weight;
 
-  Points(Arena& arena, const Problem& p) : count(p.L * p.K), padded(round_up(count, 16)) {
+  Points(Arena& arena, const Problem& p) : count(p.L * p.K), padded(round_up(count, kPadding)) {
     width = arena.take<A>(padded);
     height = arena.take<A>(padded);
     stride = arena.take<int32_t>(padded);
@@ -59,6 +62,10 @@ struct Points {
     y = arena.take<A>(padded);
     scale_x = arena.take<A>(padded);
     scale_y = arena.take<A>(padded);
+    origin_x = arena.take<A>(p.L);
+    origin_y = arena.take<A>(p.L);
+    unit_x = arena.take<A>(p.L);
+    unit_y = arena.take<A>(p.L);
     attention = arena.take<A>(padded);
     left = arena.take<A>(padded);
     right = arena.take<A>(padded);
@@ -195,14 +202,14 @@ void copy_out(
   }
 }
 
+// In place, over whole vectors; padding holds -infinity before and zero after.
 template <typename A>
-void softmax(const A* logits, int64_t count, int64_t padded, A* weights) {
-  A peak = logits[0];
-  for (int64_t i = 1; i < count; ++i) peak = logits[i] > peak ? logits[i] : peak;
-  A total = 0;
+inline void softmax(A* weights, int64_t padded) {
+  A peak = weights[0], total = 0;
+#pragma omp simd reduction(max : peak)
+  for (int64_t i = 0; i < padded; ++i) peak = weights[i] > peak ? weights[i] : peak;
 #pragma omp simd
-  for (int64_t i = 0; i < padded; ++i) weights[i] = exp_of_nonpositive(logits[i] - peak);
-  for (int64_t i = count; i < padded; ++i) weights[i] = 0;
+  for (int64_t i = 0; i < padded; ++i) weights[i] = exp_of_nonpositive(weights[i] - peak);
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < padded; ++i) total += weights[i];
   const A scale = 1 / total;
@@ -211,9 +218,11 @@ void softmax(const A* logits, int64_t count, int64_t padded, A* weights) {
 }
 
 template <typename T>
-void load(const T* __restrict source, int64_t count, int64_t padded, Wide<T>* __restrict target) {
+void load(
+    const T* __restrict source, int64_t count, int64_t padded, Wide<T> padding,
+    Wide<T>* __restrict target) {
   for (int64_t i = 0; i < count; ++i) target[i] = widen(source[i]);
-  for (int64_t i = count; i < padded; ++i) target[i] = 0;
+  for (int64_t i = count; i < padded; ++i) target[i] = padding;
 }
 
 template <typename T, typename A>
@@ -228,7 +237,8 @@ void load_pairs(const T* __restrict source, int64_t count, A* __restrict x, A* _
 template <typename T>
 void prepare(const Problem& p, Points<Wide<T>>& points, int64_t n, int64_t q, int64_t m) {
   using A = Wide<T>;
-  const int64_t count = points.count, padded = points.padded;
+  const int64_t count = points.count;
+  const int64_t padded = points.padded / kPadding * kPadding;  // tells the compiler: no remainder
   const int64_t row = (n * p.Q + q) * p.M + m;
   A* __restrict xs = points.x;
   A* __restrict ys = points.y;
@@ -239,7 +249,8 @@ void prepare(const Problem& p, Points<Wide<T>>& points, int64_t n, int64_t q, in
   const A half = static_cast<A>(0.5);
 
   const T* weights = static_cast<const T*>(p.weights) + row * count;
-  load(weights, count, padded, points.attention);
+  const A padding = p.R == 0 ? A{0} : -static_cast<A>(__builtin_inff());
+  load(weights, count, padded, padding, points.attention);
   if (p.R == 0) {
     load_pairs(static_cast<const A*>(p.points) + row * count * 2, count, xs, ys);
 #pragma omp simd
@@ -250,21 +261,30 @@ void prepare(const Problem& p, Points<Wide<T>>& points, int64_t n, int64_t q, in
       ys[i] = ys[i] * height[i] - half;
     }
   } else {
-    softmax(points.attention, count, padded, points.attention);
+    softmax(points.attention, padded);
     load_pairs(static_cast<const T*>(p.points) + row * count * 2, count, xs, ys);
     const A* reference = static_cast<const A*>(p.reference) + (n * p.Q + q) * p.L * p.R;
     const A box_unit = half / static_cast<A>(p.K);
-    for (int64_t i = 0, l = 0; l < p.L; ++l, reference += p.R) {
-      const A w = width[i], h = height[i];
-      const A origin_x = reference[0] * w - half, origin_y = reference[1] * h - half;
-      const A unit_x = p.R == 2 ? A{1} : reference[2] * w * box_unit;
-      const A unit_y = p.R == 2 ? A{1} : reference[3] * h * box_unit;
-      for (int64_t k = 0; k < p.K; ++k, ++i) {
-        scale_x[i] = unit_x;
-        scale_y[i] = unit_y;
-        xs[i] = origin_x + xs[i] * unit_x;
-        ys[i] = origin_y + ys[i] * unit_y;
-      }
+    A* __restrict origin_x = points.origin_x;
+    A* __restrict origin_y = points.origin_y;
+    A* __restrict unit_x = points.unit_x;
+    A* __restrict unit_y = points.unit_y;
+    for (int64_t l = 0; l < p.L; ++l, reference += p.R) {
+      const A w = width[l * p.K], h = height[l * p.K];
+      origin_x[l] = reference[0] * w - half;
+      origin_y[l] = reference[1] * h - half;
+      unit_x[l] = p.R == 2 ? A{1} : reference[2] * w * box_unit;
+      unit_y[l] = p.R == 2 ? A{1} : reference[3] * h * box_unit;
+    }
+    // Looked up by level, not stored in a loop over K: a whole vector that is read back right
+    // after its parts were written one by one has to wait for all of them.
+    const int32_t* __restrict level = points.level;
+#pragma omp simd
+    for (int64_t i = 0; i < padded; ++i) {
+      scale_x[i] = unit_x[level[i]];
+      scale_y[i] = unit_y[level[i]];
+      xs[i] = origin_x[level[i]] + xs[i] * scale_x[i];
+      ys[i] = origin_y[level[i]] + ys[i] * scale_y[i];
     }
   }
 
@@ -499,12 +519,12 @@ void finish(const Problem& p, int64_t n, int64_t q0, int64_t q1) {
       const T* logits = static_cast<const T*>(p.weights) + row * count;
       const A* dots = static_cast<const A*>(p.weight_dots) + row * count;
       T* grads = static_cast<T*>(p.grad_weights) + row * count;
-      A peak = widen(logits[0]);
-      for (int64_t i = 1; i < count; ++i) {
+      A peak = widen(logits[0]), total = 0, mean = 0;
+#pragma omp simd reduction(max : peak)
+      for (int64_t i = 0; i < count; ++i) {
         const A logit = widen(logits[i]);
         peak = logit > peak ? logit : peak;
       }
-      A total = 0, mean = 0;
 #pragma omp simd reduction(+ : total, mean)
       for (int64_t i = 0; i < count; ++i) {
         const A weight = exp_of_nonpositive(widen(logits[i]) - peak);
