@@ -92,7 +92,8 @@ def build_criterion(config: ModelConfig) -> nn.Module:
 
 def count_boxes(targets: Targets, device: torch.device) -> Tensor:
     """Mean number of boxes in a process's batch, over all processes, at least 1; a scalar."""
-    count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
+    total = sum(len(target["labels"]) for target in targets)
+    count = torch.full((), total, dtype=torch.float32, device=device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
         count /= torch.distributed.get_world_size()

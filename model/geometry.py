@@ -25,10 +25,11 @@ def valid_sizes(masks: list[Tensor]) -> Tensor:
 
 def valid_ratios(sizes: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
     """The share of each padded level that its image covers, as (x, y): [N, L, 2]."""
-    return torch.stack(
-        [sizes[:, level].float() / _extent(shape, sizes) for level, shape in enumerate(shapes)],
-        dim=1,
-    )
+    ratios = [
+        torch.stack((sizes[:, level, 0] / width, sizes[:, level, 1] / height), dim=-1)
+        for level, (height, width) in enumerate(shapes)
+    ]
+    return torch.stack(ratios, dim=1)
 
 
 def cell_references(ratios: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
@@ -36,10 +37,10 @@ def cell_references(ratios: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
 
     Returns [N, S, L, 2] (x, y), normalised by the padded extent of each level.
     """
-    centres = [
-        _centres(shape, ratios) / (ratios[:, level, None] * _extent(shape, ratios))
-        for level, shape in enumerate(shapes)
-    ]
+    centres = []
+    for level, (height, width) in enumerate(shapes):
+        valid = torch.stack((ratios[:, level, 0] * width, ratios[:, level, 1] * height), dim=-1)
+        centres.append(_centres((height, width), ratios) / valid[:, None])
     return torch.cat(centres, dim=1)[:, :, None] * ratios[:, None]
 
 
@@ -69,11 +70,6 @@ def cell_proposals(
     usable &= ~padding[..., None]
     logits = torch.log(proposals / (1 - proposals))
     return logits.masked_fill(~usable, float("inf")), usable
-
-
-def _extent(shape: tuple[int, int], like: Tensor) -> Tensor:
-    height, width = shape
-    return torch.tensor((width, height), dtype=torch.float32, device=like.device)
 
 
 def _centres(shape: tuple[int, int], like: Tensor) -> Tensor:

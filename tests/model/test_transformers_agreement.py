@@ -110,9 +110,9 @@ def test_outputs_and_gradients(changes: dict[str, Any]) -> None:
     ours = build_model(config).double()
     load_official(ours, published_names(theirs.state_dict()))
 
-    images = torch.randn(2, 3, 96, 160, dtype=torch.float64)
-    padding = torch.zeros(2, 96, 160, dtype=torch.bool)
-    padding[1, 70:], padding[1, :, 121:] = True, True
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[1, 45:], padding[1, :, 71:] = True, True
     images[1] *= ~padding[1]
     found = ours.train()(images, padding)
     expected = theirs.train()(pixel_values=images, pixel_mask=(~padding).long())
