@@ -118,8 +118,9 @@ def _build_cpu(force: bool) -> Built:
 def _build_cuda(force: bool) -> Built:
     assert torch.version.cuda is not None
     nvcc = find_nvcc()
+    major = torch.version.cuda.split(".")[0]
     release = _version(str(nvcc)).split("release ")[-1].split(",")[0]
-    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+    if release.split(".")[0] != major:
         raise BuildError(
             f"{nvcc} is of CUDA {release}, but torch is built for CUDA {torch.version.cuda}; "
             "point CUDA_HOME to a toolkit of the same major release, or build with --cpu-only"
@@ -134,20 +135,24 @@ def _build_cuda(force: bool) -> Built:
     newest = CUDA_ARCHITECTURES[-1]
     flags += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
     units = {path.stem: [str(path), *flags] for path in sorted((SOURCES / "cuda").glob("*.cu"))}
-    runtime = _cuda_runtime(nvcc)
+    runtime = _cuda_runtime(nvcc, major)
     link = ["-shared", str(runtime), f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
     linker = os.environ.get("CXX", "g++")
     targets = tuple(f"sm_{arch}" for arch in CUDA_ARCHITECTURES)
     return _build("cuda", str(nvcc), linker, targets, units, link, force)
 
 
-def _cuda_runtime(nvcc: Path) -> Path:
-    """The shared CUDA runtime that belongs to `nvcc`: the one that torch loads too."""
+def _cuda_runtime(nvcc: Path, major: str) -> Path:
+    """The shared CUDA runtime: the one that torch loads where it lies beside torch, else nvcc's."""
     root = nvcc.parent.parent
-    for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib")):
+    beside_torch = TORCH.parent / "nvidia" / f"cu{major}" / "lib"
+    for folder in (beside_torch, root / "lib64", root / "lib", *root.glob("targets/*/lib")):
         for library in sorted(folder.glob("libcudart.so*")):
             return library
-    raise BuildError(f"no libcudart.so below {root}; install the CUDA runtime beside nvcc")
+    raise BuildError(
+        f"no libcudart.so in {beside_torch} or below {root}; install nvidia-cuda-runtime {major}.* "
+        "from PyPI, or build with --cpu-only"
+    )
 
 
 def _build(
