@@ -1,0 +1,58 @@
+"""A small set of drawn pictures as shards, shared by the tests of training and jobs."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class DrawnData:
+    """COCO-format originals and their shards, for a train and a val split."""
+
+    coco: Path
+    shards: Path
+
+    def annotations(self, split: str) -> dict:
+        return json.loads((self.coco / "annotations" / f"instances_{split}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> DrawnData:
+    folder = tmp_path_factory.mktemp("drawn")
+    data = DrawnData(folder / "coco", folder / "shards")
+    module("data_prep", "synthesize", "--output", data.coco, "--train", 40, "--val", 12)
+    for split in ("train", "val"):
+        module(
+            "data_prep", "convert", "--images", data.coco / split,
+            "--annotations", data.coco / "annotations" / f"instances_{split}.json",
+            "--output", data.shards / split, "--samples-per-shard", 16,
+        )  # fmt: skip
+    return data
+
+
+def module(*arguments: object) -> str:
+    """Runs `python -m …` in the checkout and returns what it printed."""
+    done = run_module(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_module(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    """`run_command("pipeline", "train", …)`: a real process, its status and its output."""
+    return run_module

@@ -1,0 +1,146 @@
+"""Jobs on a real local Ray: training by two workers, a killed worker, users' mistakes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+from jobs.cluster import local_cluster
+from jobs.spec import JobSpec
+from pipeline.checkpoint import check
+from pipeline.recipes import recipe
+from pipeline.tracking import read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    before = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    with local_cluster() as address:
+        yield address
+    for key, value in before.items():
+        if value is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = value
+
+
+def arguments(drawn, folder, address, *more):
+    return [
+        "jobs", "submit", "demo", "--output", folder, "--address", address, "--workers", 2,
+        "--data.train", drawn.shards / "train", "--data.val", drawn.shards / "val",
+        "--optimizer.batch-size", 8, "--engine.log-every", 1, *more,
+    ]  # fmt: skip
+
+
+def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tmp_path):
+    folder = tmp_path / "runs" / "job"
+    job = subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments(drawn, folder, cluster))]
+        + ["--schedule.epochs", "6"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 150
+    while not list((folder / "checkpoints").glob("step-*[0-9]")):
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.05)
+    workers = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in p.info["name"]]
+    assert len(workers) >= 2
+    workers[0].send_signal(signal.SIGKILL)
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, output
+    assert "restarting" in output
+    assert "resumed after step" in output
+    assert "images/s" in output
+    assert "AP by class" in output
+    assert "--backend-store-uri sqlite:///" in output
+    best = Path(re.search(r"best checkpoint\s+(\S+)", output).group(1))
+    assert check(best) is None
+    assert (folder / "predictions.png").exists()
+    steps = [x["step"] for x in read_lines(folder / "metrics.jsonl") if x["kind"] == "train"]
+    assert steps == list(range(1, 31))
+
+    uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("deformable-detr")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(m.step for m in history) == steps
+    assert len(client.get_metric_history(run.info.run_id, "val/AP")) == 6
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert {"predictions.png", "config.json", "best.json"} <= artifacts
+
+    # Submitted once more, the finished run ends at once and changes nothing.
+    again = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments(drawn, folder, cluster))]
+        + ["--schedule.epochs", "6"],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout
+    after = [x["step"] for x in read_lines(folder / "metrics.jsonl") if x["kind"] == "train"]
+    assert after == steps
+    assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+def test_a_gpu_that_the_cluster_lacks_is_refused(drawn, cluster, tmp_path, run_command):
+    done = run_command(*arguments(drawn, tmp_path / "run", cluster, "--engine.device", "cuda"))
+    assert done.returncode == 2
+    assert "expected 2, one for each worker" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_shards_that_the_cluster_does_not_see_are_refused(drawn, cluster, tmp_path, run_command):
+    done = run_command(
+        "jobs", "submit", "demo", "--output", tmp_path / "run", "--address", cluster,
+        "--data.train", "/none", "--data.val", "/none",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "'/none' does not exist" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_jobs_are_listed_and_an_unknown_one_is_refused(cluster, run_command):
+    listed = run_command("jobs", "status", "--address", cluster)
+    assert listed.returncode == 0
+    assert "run folder" in listed.stdout
+    unknown = run_command("jobs", "stop", "--job", "nothing-0", "--address", cluster)
+    assert unknown.returncode == 2
+    assert "no job 'nothing-0'" in unknown.stderr
+
+
+def test_an_address_that_does_not_answer_is_refused(drawn, tmp_path, run_command):
+    started = time.monotonic()
+    done = run_command(*arguments(drawn, tmp_path, "http://127.0.0.1:9"))
+    assert done.returncode == 2
+    assert "no Ray cluster answers at 'http://127.0.0.1:9'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert time.monotonic() - started < 60
+
+
+def test_a_local_cluster_leaves_nothing_behind(tmp_path):
+    before = {p.pid for p in psutil.process_iter()}
+    kept = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    with local_cluster():
+        family = psutil.Process().children(recursive=True)
+        assert any("raylet" in p.name() for p in family)
+    gone = {p.pid for p in family} - before
+    os.environ.update({k: v for k, v in kept.items() if v is not None})
+    assert gone
+    assert not [pid for pid in gone if psutil.pid_exists(pid)]
+
+
+def test_a_job_spec_survives_its_journey():
+    spec = JobSpec(config=recipe("demo").to_json(), folder="/runs/x", workers=3, code="abc")
+    assert JobSpec.from_json(spec.to_json()) == spec
+    assert spec.run_config() == recipe("demo")

@@ -1,0 +1,117 @@
+"""Damaged checkpoints are found and passed over; nothing but whole ones is loaded."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from pipeline.checkpoint import (
+    _prune,
+    _write_manifest,
+    check,
+    checkpoint_path,
+    load_model,
+    newest_intact,
+)
+from pipeline.errors import UserError
+from pipeline.tracking import MetricsLog, read_lines
+
+
+def write(folder, step, content=b"weights"):
+    path = checkpoint_path(folder, step)
+    (path / "state").mkdir(parents=True)
+    (path / "state" / "optimizer.pt").write_bytes(content * 100)
+    torch.save({"model": {"w": torch.ones(2)}, "step": step}, path / "model.pt")
+    _write_manifest(path)
+    return path
+
+
+def test_a_whole_checkpoint_is_intact(tmp_path):
+    path = write(tmp_path, 10)
+    assert check(path) is None
+    assert newest_intact(tmp_path, pytest.fail) == path
+
+
+def flip_byte(path):
+    file = path / "state" / "optimizer.pt"
+    data = bytearray(file.read_bytes())
+    data[50] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_byte, "SHA-256"),
+        (lambda path: (path / "model.pt").unlink(), r"model\.pt is missing"),
+        (lambda path: (path / "manifest.json").unlink(), r"no manifest\.json"),
+        (lambda path: (path / "manifest.json").write_text('{"a"'), "not JSON"),
+        (lambda path: (path / "model.pt").write_bytes(b""), "SHA-256"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, message):
+    before, newest = write(tmp_path, 10), write(tmp_path, 20)
+    damage(newest)
+    warnings = []
+    assert newest_intact(tmp_path, warnings.append) == before
+    assert len(warnings) == 1
+    assert "step-00000020" in warnings[0]
+    assert re.search(message, warnings[0])
+
+
+def test_an_unfinished_checkpoint_is_not_looked_at(tmp_path):
+    whole = write(tmp_path, 10)
+    checkpoint_path(tmp_path, 20).with_suffix(".partial").mkdir()
+    assert newest_intact(tmp_path, pytest.fail) == whole
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step)
+    _prune(tmp_path, keep=2, best_step=10)
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000010", "step-00000030", "step-00000040"]
+
+
+def test_a_run_folder_gives_its_best_checkpoint(tmp_path):
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    assert load_model(tmp_path)["step"] == 20
+    (tmp_path / "best.json").write_text(json.dumps({"checkpoint": "step-00000010"}))
+    assert load_model(tmp_path)["step"] == 10
+    assert load_model(checkpoint_path(tmp_path, 20))["step"] == 20
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_model(tmp_path)
+    (tmp_path / "model.pt").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        load_model(tmp_path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (open, ("/nonexistent/owned", "w"))
+
+
+def test_a_file_that_would_execute_code_is_refused(tmp_path):
+    torch.save({"model": Payload()}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(tmp_path)
+
+
+def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3, 4):
+        log.write("train", step, step / 10, loss=1.0 / step)
+    with log.path.open("a") as file:
+        file.write('{"kind": "train", "step": 5, "lo')  # cut short by a crash
+    log.rewind(2)
+    assert [line["step"] for line in read_lines(log.path)] == [1, 2]
+    log.write("train", 3, 0.3, loss=0.5)
+    assert [line["loss"] for line in read_lines(log.path)] == [1.0, 0.5, 0.5]

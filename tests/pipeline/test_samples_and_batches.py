@@ -1,0 +1,238 @@
+"""Shards as training reads them, class columns, decoding and batching."""
+
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data.augment import Example
+from pipeline.data.batch import MEAN, STD, collate, decode
+from pipeline.data.labels import build_labels
+from pipeline.data.loader import (
+    evaluation_batches,
+    micro_batch_size,
+    steps_per_epoch,
+    training_steps,
+)
+from pipeline.data.shards import Sample, ShardSet
+from pipeline.errors import UserError
+from pipeline.recipes import recipe
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_give_back_every_record_and_every_byte(drawn, split):
+    shards = ShardSet(drawn.shards / split)
+    truth = drawn.annotations(split)
+    by_image = {image["id"]: [] for image in truth["images"]}
+    for annotation in truth["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    samples = [shards.read(i) for i in range(len(shards))]
+    key = lambda record: record["id"]  # noqa: E731
+    assert sorted((s.image for s in samples), key=key) == sorted(truth["images"], key=key)
+    for i, sample in enumerate(samples):
+        assert sample.image["id"] == shards.image_id[i]
+        assert [sample.image["width"], sample.image["height"]] == shards.size[i].tolist()
+        expected = by_image[sample.image["id"]]
+        assert sorted(sample.annotations, key=key) == sorted(expected, key=key)
+        assert sample.image_bytes == (drawn.coco / split / sample.image["file_name"]).read_bytes()
+    assert shards.categories == truth["categories"]
+
+
+def test_a_folder_that_is_no_shard_folder_is_refused(drawn, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        ShardSet(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        ShardSet(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"version": 1}')
+    with pytest.raises(UserError, match="not a shard manifest"):
+        ShardSet(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "coco-webdataset", "version": 99}')
+    with pytest.raises(UserError, match="99"):
+        ShardSet(tmp_path)
+
+
+def test_a_missing_or_shortened_shard_is_found_at_once(drawn, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(drawn.shards / "train", copy)
+    name = ShardSet(copy).shard_names[1]
+    with (copy / name).open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match=f"{name}.*1000 bytes"):
+        ShardSet(copy)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match="no such file"):
+        ShardSet(copy)
+
+
+CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 2, "name": "cat"}]
+
+
+def test_columns_by_order_of_id():
+    labels = build_labels(CATEGORIES, "contiguous")
+    assert (labels.category_of, labels.names) == ((2, 7), ("cat", "dog"))
+    assert labels.column_of() == {2: 0, 7: 1}
+
+
+def test_columns_by_category_id():
+    labels = build_labels(CATEGORIES, "category_id")
+    assert labels.category_of == (-1, -1, 2, -1, -1, -1, -1, 7)
+    assert labels.column_of() == {2: 2, 7: 7}
+    coco = [{"id": i, "name": str(i)} for i in [*range(1, 12), 90]]
+    assert build_labels(coco, "category_id").num_classes == 91
+
+
+def test_absurd_categories_are_refused():
+    with pytest.raises(UserError, match="no categories"):
+        build_labels([], "contiguous")
+    with pytest.raises(UserError, match="contiguous"):
+        build_labels([{"id": 10**6, "name": "x"}], "category_id")
+
+
+def sample(mode: str = "RGB", annotations: list | None = None, kind: str = "JPEG") -> Sample:
+    buffer = io.BytesIO()
+    Image.new(mode, (20, 10), "red" if mode in ("RGB", "CMYK") else 128).save(buffer, kind)
+    image = {"id": 3, "file_name": "a.jpg", "width": 20, "height": 10}
+    return Sample(buffer.getvalue(), image, annotations or [])
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG")]
+)
+def test_images_of_any_mode_become_three_channels(mode, kind):
+    image = decode(sample(mode, kind=kind), {}).image
+    assert image.shape == (3, 10, 20)
+    assert image.dtype == torch.uint8
+
+
+def box(x, y, w, h, category=1, **more):
+    return {"bbox": [x, y, w, h], "category_id": category, "iscrowd": 0, **more}
+
+
+def test_crowds_and_empty_boxes_are_left_out_and_boxes_cut_to_the_image():
+    annotations = [
+        box(1, 2, 3, 4),
+        box(0, 0, 5, 5, iscrowd=1),
+        box(4, 4, 0, 3),
+        box(18, 8, 10, 10, category=2),
+        box(30, 30, 5, 5),
+        box(float("nan"), 0, 5, 5),
+        box(5, 5, -3, 2),
+    ]
+    example = decode(sample(annotations=annotations), {1: 0, 2: 1})
+    assert example.boxes.tolist() == [[1, 2, 4, 6], [18, 8, 20, 10]]
+    assert example.labels.tolist() == [0, 1]
+
+
+def test_damage_is_reported_with_the_image():
+    whole = sample()
+    broken = Sample(whole.image_bytes[:200], whole.image, [])
+    with pytest.raises(UserError, match=r"3 \(a\.jpg\).*decoded"):
+        decode(broken, {})
+    with pytest.raises(UserError, match="category id 9"):
+        decode(sample(annotations=[box(0, 0, 1, 1, category=9)]), {1: 0})
+
+
+def test_a_batch_is_padded_normalised_and_in_relative_boxes():
+    small = Example(
+        torch.full((3, 4, 6), 100, dtype=torch.uint8),
+        torch.tensor([[0.0, 1, 3, 3]]),
+        torch.tensor([5]),
+    )
+    large = Example(
+        torch.full((3, 8, 5), 50, dtype=torch.uint8),
+        torch.zeros(0, 4),
+        torch.zeros(0, dtype=torch.int64),
+    )
+    records = [{"id": 1, "height": 40, "width": 60}, {"id": 2, "height": 8, "width": 5}]
+    batch = collate([small, large], records)
+    assert batch.images.shape == (2, 3, 8, 6)
+    assert batch.padding_mask[0].sum() == 4 * 6  # rows 4..7 are padding
+    assert batch.padding_mask[1].sum() == 8
+    # (x0 + x1) / 2 / 6, (y0 + y1) / 2 / 4, w / 6, h / 4, of the image's own size
+    torch.testing.assert_close(
+        batch.targets[0]["boxes"], torch.tensor([[1.5 / 6, 2 / 4, 3 / 6, 2 / 4]])
+    )
+    assert batch.targets[1]["boxes"].shape == (0, 4)
+    assert batch.sizes.tolist() == [[40, 60], [8, 5]]
+    images = batch.normalized_images()
+    for c in range(3):
+        expected = (100 / 255 - MEAN[c]) / STD[c]
+        np.testing.assert_allclose(images[0, c, :4, :6], expected, rtol=1e-5)
+    assert (images[0, :, 4:] == 0).all()
+    assert (images[1, :, :, 5:] == 0).all()
+
+
+def config_for(drawn, **engine):
+    config = recipe("demo")
+    return replace(
+        config,
+        optimizer=replace(config.optimizer, batch_size=8),
+        engine=replace(config.engine, **engine),
+    )
+
+
+def epoch_ids(drawn, world, first_step=0, **engine):
+    """[steps][rank] image ids of an epoch, and one checksum of all pixels."""
+    shards = ShardSet(drawn.shards / "train")
+    config = config_for(drawn, **engine)
+    labels = build_labels(shards.categories, "contiguous")
+    ids, pixels = [], {}
+    for rank in range(world):
+        steps = training_steps(shards, labels, config, 3, first_step, rank, world, False)
+        for s, micro_batches in enumerate(steps):
+            if len(ids) <= s:
+                ids.append([])
+            for batch in micro_batches:
+                ids[s] += batch.image_ids
+                for i, image in enumerate(batch.images):
+                    seen = image[:, ~batch.padding_mask[i]]
+                    pixels[batch.image_ids[i]] = int(seen.long().sum())
+    return ids, pixels
+
+
+def test_an_epoch_is_the_same_for_any_world_size_and_worker_count(drawn):
+    expected = epoch_ids(drawn, world=1)
+    flat = [i for step in expected[0] for i in step]
+    assert len(flat) == len(set(flat)) == 40
+    assert epoch_ids(drawn, world=2) == expected
+    assert epoch_ids(drawn, world=4, micro_batch=1) == expected
+    assert epoch_ids(drawn, world=1, loader_workers=2, micro_batch=4) == expected
+
+
+def test_a_resumed_epoch_has_exactly_the_remaining_samples(drawn):
+    ids, pixels = epoch_ids(drawn, world=2)
+    rest, rest_pixels = epoch_ids(drawn, world=1, first_step=3)
+    assert rest == ids[3:]
+    assert all(pixels[i] == value for i, value in rest_pixels.items())
+
+
+@pytest.mark.parametrize("world", [1, 2, 5, 13])
+def test_evaluation_sees_every_image_once(drawn, world):
+    shards = ShardSet(drawn.shards / "val")
+    labels = build_labels(shards.categories, "contiguous")
+    seen = []
+    for rank in range(world):
+        for batch in evaluation_batches(shards, labels, config_for(drawn), rank, world, 4, False):
+            seen += batch.image_ids
+    assert sorted(seen) == sorted(shards.image_id.tolist())
+
+
+def test_impossible_batches_are_refused(drawn):
+    shards = ShardSet(drawn.shards / "val")
+    with pytest.raises(UserError, match="12 images, fewer than one global batch of 16"):
+        steps_per_epoch(shards, 16)
+    config = config_for(drawn)
+    with pytest.raises(UserError, match="does not divide over 3"):
+        micro_batch_size(config, 3)
+    with pytest.raises(UserError, match=r"micro_batch 3 does not divide the 4"):
+        micro_batch_size(replace(config, engine=replace(config.engine, micro_batch=3)), 2)
+
+
+def test_a_manifest_is_plain_json(drawn):
+    manifest = json.loads((drawn.shards / "val" / "manifest.json").read_text())
+    assert manifest["num_images"] == 12

@@ -1,0 +1,130 @@
+"""Training as a user starts it: real processes, real DeepSpeed over gloo, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint import checkpoint_path, load_model
+from pipeline.tracking import read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+# Speeds differ from run to run; everything else must not.
+TIMINGS = ("time", "images_per_second", "data_wait")
+pytestmark = pytest.mark.slow
+
+
+def command(drawn, recipe: str, folder: Path, *options: object, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", "0"]
+    launcher = [] if ranks == 1 else [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                                      "127.0.0.1:0"]  # fmt: skip
+    return [
+        sys.executable, *map(str, launcher), "-m", "pipeline", "train", recipe,
+        "--output", str(folder), "--data.train", str(drawn.shards / "train"),
+        "--data.val", str(drawn.shards / "val"), "--engine.loader-workers", "0",
+        *map(str, options),
+    ]  # fmt: skip
+
+
+def run(arguments: list[str]) -> None:
+    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def kill_after_first_checkpoint(arguments: list[str], folder: Path) -> None:
+    output = folder.with_suffix(".log")
+    with output.open("w") as log:
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    deadline = time.monotonic() + 150
+    while not list((folder / "checkpoints").glob("step-*[0-9]")):
+        assert process.poll() is None, output.read_text()[-3000:]
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [x for x in read_lines(folder / "metrics.jsonl") if x["kind"] != "event"]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def test_a_killed_run_resumes_to_the_same_weights_and_metrics(drawn, tmp_path):
+    options = [
+        "--schedule.epochs", 4, "--optimizer.batch-size", 8, "--engine.log-every", 1,
+        "--engine.precision", "fp32", "--model.dropout", 0.1, "--engine.checkpoint-steps", 2,
+    ]  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(command(drawn, "demo", whole, *options, ranks=2))
+    kill_after_first_checkpoint(command(drawn, "demo", resumed, *options, ranks=2), resumed)
+    before = len(metrics(resumed))
+    assert before < len(metrics(whole)) == 24  # 4 epochs of 5 steps and an evaluation
+    run(command(drawn, "demo", resumed, *options, ranks=2))
+    assert metrics(resumed) == metrics(whole)
+    ends = [torch.load(checkpoint_path(f, 20) / "model.pt")["model"] for f in (whole, resumed)]
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+    texts = [x["text"] for x in read_lines(resumed / "metrics.jsonl") if x.get("text")]
+    assert any("resumed after step" in text for text in texts)
+
+
+def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(drawn, tmp_path, run_command):
+    folder = tmp_path / "r50"
+    options = [
+        "--optimizer.batch-size", 8, "--engine.micro-batch", 4, "--schedule.epochs", 1,
+        "--augment.short-sides", 64, 80, "--augment.max-side", 96, "--augment.val-short-side", 64,
+        "--augment.crop-short-sides", 64, "--augment.crop-sides", 48, 64,
+        "--engine.log-every", 1, "--engine.checkpoint-steps", 3,
+    ]  # fmt: skip
+    arguments = command(drawn, "deformable_detr_r50", folder, *options)
+    kill_after_first_checkpoint(arguments, folder)
+    run(arguments)
+    lines = metrics(folder)
+    assert [x["step"] for x in lines if x["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert all(0 < x["loss"] < 100 for x in lines if x["kind"] == "train")
+    assert "AP" in lines[-1]
+    assert (folder / "predictions.png").stat().st_size > 1000
+    content = load_model(folder)
+    # Ids 1..7 as columns of their own, as in the published COCO checkpoints.
+    ids = [c["id"] for c in drawn.annotations("val")["categories"]]
+    assert content["labels"]["category_of"][max(ids)] == max(ids)
+    assert sum(c >= 0 for c in content["labels"]["category_of"]) == len(ids)
+
+    again = run_command("pipeline", "evaluate", "--checkpoint", folder, "--data",
+                        drawn.shards / "val", "--output", tmp_path / "results.json")  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert f"{lines[-1]['AP']:.3f}" in again.stdout.splitlines()[1]
+    assert json.loads((tmp_path / "results.json").read_text())[0].keys() == {
+        "image_id", "category_id", "bbox", "score",
+    }  # fmt: skip
+    drawn_again = run_command("pipeline", "predict", "--checkpoint", folder, "--data",
+                              drawn.shards / "val", "--output", tmp_path / "p.png")  # fmt: skip
+    assert drawn_again.returncode == 0, drawn_again.stderr
+    assert (tmp_path / "p.png").exists()
+
+
+def test_a_run_folder_of_another_experiment_is_refused(drawn, tmp_path, run_command):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"config_digest": "0" * 64, "train_digest": "", "val_digest": ""})
+    )
+    done = subprocess.run(
+        command(drawn, "demo", tmp_path, "--optimizer.batch-size", 8),
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "belongs to another config" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "checkpoints").exists()
