@@ -41,7 +41,7 @@ def multi_scale_deformable_attention(
     Args:
         value: [N, S, M, D], any strides.
         spatial_shapes: (h, w) of each level, coarse or fine first, in the order of the tokens; an
-            int64 tensor [L, 2] on the CPU is taken too.
+            int64 tensor [L, 2] on the CPU is taken too, though not under torch.compile.
         sampling_locations: [N, Q, M, L, K, 2] as (x, y) in [0, 1] inside the image; float32, or
             the dtype of `value`. Points outside of the image read zeros.
         attention_weights: [N, Q, M, L, K], in the dtype of `value`.
@@ -54,7 +54,7 @@ def multi_scale_deformable_attention(
         ImportError: the tensors are on a GPU and the CUDA library is not built.
     """
     sizes = _flat(spatial_shapes)
-    if torch.is_autocast_enabled(value.device.type):
+    if not value.is_meta and torch.is_autocast_enabled(value.device.type):
         value, attention_weights = _autocast(value, attention_weights)
     _check_value(value, sizes)
     if sampling_locations.dim() != 6:
@@ -89,7 +89,7 @@ def fused_deformable_attention(
     Args:
         value: [N, S, M, D], any strides.
         spatial_shapes: (h, w) of each level, in the order of the tokens; an int64 tensor [L, 2] on
-            the CPU is taken too.
+            the CPU is taken too, though not under torch.compile.
         reference_points: [N, Q, L, 2 or 4], normalised (x, y) or (cx, cy, w, h); float32, or the
             dtype of `value`.
         sampling_offsets: [N, Q, M, L, K, 2] as (x, y), in the dtype of `value`.
@@ -104,7 +104,7 @@ def fused_deformable_attention(
         ImportError: the tensors are on a GPU and the CUDA library is not built.
     """
     sizes = _flat(spatial_shapes)
-    if torch.is_autocast_enabled(value.device.type):
+    if not value.is_meta and torch.is_autocast_enabled(value.device.type):
         value, sampling_offsets, attention_logits = _autocast(
             value, sampling_offsets, attention_logits
         )
@@ -167,17 +167,16 @@ def modulated_deform_conv2d(
             f"2 * G * {taps} and G * {taps} for a {weight.shape[-2]}x{weight.shape[-1]} kernel"
         )
     wide = accumulation_dtype(input.dtype)
-    with torch.autocast(input.device.type, enabled=False):
-        output = deform_conv2d(
-            input.to(wide),
-            offset.to(wide),
-            weight.to(wide),
-            None if bias is None else bias.to(wide),
-            stride,
-            padding,
-            dilation,
-            mask.to(wide),
-        )
+    output = deform_conv2d(
+        input.to(wide),
+        offset.to(wide),
+        weight.to(wide),
+        None if bias is None else bias.to(wide),
+        stride,
+        padding,
+        dilation,
+        mask.to(wide),
+    )
     return output.to(input.dtype)
 
 

@@ -347,6 +347,14 @@ def test_shapes_as_a_tensor() -> None:
     assert torch.equal(given_tensor, expected)
 
 
+def test_meta_tensors_give_shapes() -> None:
+    value, *others = (x.detach().to("meta") for x in inputs_of(SMALL))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = fused_deformable_attention(value, SHAPES, *others)
+    assert output.is_meta
+    assert output.shape == (2, 4, 6)
+
+
 def test_one_graph_serves_images_of_any_size() -> None:
     compilations = 0
 
