@@ -1,8 +1,13 @@
 """Command line: python -m data_prep synthesize|convert|export|verify|stats --help."""
 
+import contextlib
+import difflib
+import functools
+import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -151,20 +156,57 @@ def stats(
         print("plots: " + ", ".join(str(path) for path in save_plots(collected, output)))
 
 
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A function of the same options that only says what is to be run."""
+
+    @functools.wraps(command)
+    def chosen(*args: Any, **options: Any) -> Callable[[], None]:
+        return lambda: command(*args, **options)
+
+    return chosen
+
+
+def parse() -> Callable[[], None]:
+    """What the command line asks for. A mistake in it is one line and exit status 2."""
+    commands = {c.__name__: _deferred(c) for c in (synthesize, convert, export, verify, stats)}
+    given = sys.argv[1] if len(sys.argv) > 1 else ""
+    if given and not given.startswith("-") and given not in commands:
+        nearest = difflib.get_close_matches(given, commands, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        print(f"error: unknown command {given!r}: {hint}expected one of {', '.join(commands)}",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="python -m data_prep",
+                description="COCO-format data to WebDataset shards and back.",
+            )
+    except SystemExit as stop:
+        if stop.code:
+            print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
+        raise
+
+
+def _one_line(panel: str) -> str:
+    """tyro's framed message as one line: what is wrong, and the option it might have meant."""
+    rows = [line.strip("│╭╰╮╯ ") for line in panel.splitlines()][1:]
+    rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
+    missing = [row.split()[0] for row in rows[:rule] if row.startswith("--")]
+    nearest = [row.split()[0] for row in rows[rule:] if row.startswith("--")]
+    message = " ".join(row for row in rows[:rule] if row and not row.startswith("--"))
+    if missing:
+        message = f"{rows[0]} {', '.join(missing)}"
+    return f"{message}; did you mean {nearest[0]}?" if nearest else message
+
+
 def main() -> None:
     """Run a subcommand; a user's mistake is one line on stderr and exit status 2."""
+    run = parse()
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {
-                "synthesize": synthesize,
-                "convert": convert,
-                "export": export,
-                "verify": verify,
-                "stats": stats,
-            },
-            prog="python -m data_prep",
-            description="COCO-format data to WebDataset shards and back.",
-        )
+        run()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

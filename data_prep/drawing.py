@@ -17,7 +17,8 @@ Mask = NDArray[np.bool_]
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ((128, 128), (128, 112), (112, 128), (128, 96), (96, 128), (128, 80))  # (width, height)
 SIZE_WEIGHTS = (0.4, 0.14, 0.14, 0.12, 0.12, 0.08)
-SMALLEST, LARGEST = 10.0, 72.0  # longest side of an ordinary object's box, log-uniform
+SMALLEST, LARGEST = 14.0, 84.0  # longest side of an ordinary object's box, log-uniform
+TURN = 0.2  # radians, the most a shape is turned either way
 EMPTY_SHARE, CROWD_SHARE, BIG_SHARE = 0.03, 0.04, 0.10
 LEAST_VISIBLE = 0.6
 SUPERSAMPLING = 4
@@ -98,7 +99,7 @@ def _place(
     side: float,
     objects: list[DrawnObject],
     visible: list[tuple[Mask, int]],
-    turn: float = math.pi,
+    turn: float = TURN,
 ) -> None:
     """Draw a shape over what is there, where it hides nothing too much; skip it if that fails."""
     height, width = canvas.shape[:2]
@@ -128,7 +129,7 @@ def _place_crowd(
     union = np.zeros((height, width), bool)
     members = []
     for _ in range(rng.integers(6, 13)):
-        outline = _outline(rng, shape, math.pi) * rng.uniform(8, 11)
+        outline = _outline(rng, shape, TURN) * rng.uniform(8, 11)
         polygon = outline - outline.min(0) + corner
         polygon = (polygon + rng.uniform(0, patch - np.ptp(outline, axis=0))).astype(np.float32)
         box, alpha = coverage(polygon, width, height)
@@ -202,7 +203,7 @@ def _texture(rng: np.random.Generator, box: tuple[int, int, int, int]) -> Array:
             Image.fromarray(blotches).resize((width, height), Image.Resampling.BILINEAR)
         )
     first = _colour(rng, (0.55, 1.0), (0.55, 1.0))
-    second = first * rng.uniform(0.45, 0.75)
+    second = first * rng.uniform(0.7, 0.9)
     colours = first + mix[..., None] * (second - first)
     light = x / width * math.cos(light_angle) + y / height * math.sin(light_angle)
     grain = rng.standard_normal((height, width), dtype=np.float32) * 5

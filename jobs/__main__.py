@@ -65,7 +65,7 @@ def run_submit(args: list[str]) -> None:
             f"{options.restarts}: expected at least 1, 1 and 0"
         )
     if not options.address:
-        from pipeline.train import open_dataset
+        from pipeline.dataset import open_dataset
 
         open_dataset(options.config)  # the shards are on this machine: look before Ray is started
     spec = JobSpec(

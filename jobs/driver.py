@@ -23,8 +23,8 @@ from jobs.summary import summary
 from jobs.tracking import Forwarder, default_tracking_uri
 from pipeline.config import RunConfig
 from pipeline.data.loader import micro_batch_size, steps_per_epoch
+from pipeline.dataset import open_dataset
 from pipeline.errors import UserError
-from pipeline.train import open_dataset
 
 # Failures that would come again with every restart.
 PERMANENT = (UserError, FloatingPointError, ImportError)

@@ -148,19 +148,6 @@ def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: int) -> A
     return engine
 
 
-def average_batch_norm(model: nn.Module) -> None:
-    """Averages the running statistics of trained batch norms over ranks, which see other images.
-
-    Collective. After it, evaluation and checkpoints are the same on every rank.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for buffer in (module.running_mean, module.running_var):
-                if buffer is not None:
-                    dist.all_reduce(buffer)
-                    buffer /= dist.get_world_size()
-
-
 def stop_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

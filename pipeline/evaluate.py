@@ -16,6 +16,7 @@ from model.postprocess import postprocess
 from pipeline.config import RunConfig
 from pipeline.data.labels import Labels
 from pipeline.data.loader import evaluation_batches
+from pipeline.data.objects import objects
 from pipeline.data.shards import ShardSet
 
 NAMES = (
@@ -36,12 +37,33 @@ class Evaluation:
 
 
 def ground_truth(shards: ShardSet) -> COCO:
-    """The shards' annotations as pycocotools holds them."""
-    samples = [shards.read(i) for i in range(len(shards))]
+    """The shards' objects as pycocotools holds them.
+
+    What it needs and a data set may lack is filled in: `iscrowd` 0, `area` of the box. Ids are
+    counted from 1, because pycocotools takes a match with id 0 for none.
+    """
     truth = COCO()
+    categories = [int(c["id"]) for c in shards.categories]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(len(shards)):
+        sample = shards.read(index)
+        images.append(sample.image)
+        for annotation in objects(sample.annotations, categories):
+            width, height = annotation["bbox"][2:]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": sample.image["id"],
+                    "category_id": annotation["category_id"],
+                    "bbox": annotation["bbox"],
+                    "area": annotation.get("area", width * height),
+                    "iscrowd": annotation.get("iscrowd", 0),
+                }
+            )
     truth.dataset = {
-        "images": [s.image for s in samples],
-        "annotations": [a for s in samples for a in s.annotations],
+        "images": images,
+        "annotations": annotations,
         "categories": shards.categories,
     }
     with contextlib.redirect_stdout(io.StringIO()):

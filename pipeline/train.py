@@ -3,62 +3,47 @@
 Starting a run whose folder exists resumes it. Nothing here knows who launched it.
 """
 
-import json
-import os
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from model.criterion import build_criterion
 from model.detr import build_model
-from model.weights import load_backbone, load_official
+from model.weights import load_backbone, load_official, read_state_dict
 from pipeline import checkpoint
 from pipeline.checkpoint import Progress
 from pipeline.config import RunConfig
-from pipeline.data.labels import Labels, build_labels
+from pipeline.data.batch import Batch
 from pipeline.data.loader import steps_per_epoch, training_steps
-from pipeline.data.shards import ShardSet
-from pipeline.engine import (
-    average_batch_norm,
-    build_engine,
-    choose_device,
-    seed_step,
-    start_process_group,
-)
+from pipeline.dataset import Dataset, open_dataset
+from pipeline.engine import build_engine, choose_device, seed_step, start_process_group
 from pipeline.errors import UserError
-from pipeline.evaluate import Evaluation, detect, gather, ground_truth, summarize
+from pipeline.evaluate import detect, gather, ground_truth, summarize
+from pipeline.meter import Meter
+from pipeline.run_folder import claim, publish_best, write_evaluation
 from pipeline.tracking import MetricsLog
 from pipeline.visualize import draw_predictions
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """The two shard folders of a run and their common class columns."""
+class Run:
+    """What stays the same from the first step of a process to its last."""
 
-    train: ShardSet
-    val: ShardSet
-    labels: Labels
-
-
-def open_dataset(config: RunConfig) -> Dataset:
-    """Raises `UserError` where a folder is missing or the two disagree about categories."""
-    if not config.data.train or not config.data.val:
-        raise UserError(
-            "data.train and data.val: expected two shard folders; "
-            "give --data.train DIR --data.val DIR"
-        )
-    train, val = ShardSet(config.data.train), ShardSet(config.data.val)
-    labels = build_labels(train.categories, config.data.labels)
-    if build_labels(val.categories, config.data.labels) != labels:
-        raise UserError(
-            f"{val.folder} and {train.folder} have different categories; "
-            f"convert both from annotation files with the same list"
-        )
-    return Dataset(train, val, labels)
+    config: RunConfig
+    folder: Path
+    dataset: Dataset
+    engine: Any  # a DeepSpeedEngine
+    criterion: nn.Module
+    device: torch.device
+    log: MetricsLog
+    truth: Any  # pycocotools' COCO on rank 0, else None
+    steps_per_epoch: int
+    rank: int
+    world: int
 
 
 def train(config: RunConfig, folder: Path) -> Path:
@@ -69,257 +54,177 @@ def train(config: RunConfig, folder: Path) -> Path:
     `predictions.png`. Raises `UserError` for a mistake in the config, and `FloatingPointError` with
     the step when the loss is not finite.
     """
-    device = choose_device(config.engine)
-    dataset = open_dataset(config)
-    config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
-    rank, world = start_process_group(device)
-    main = rank == 0
-    torch.use_deterministic_algorithms(config.engine.deterministic)
-    epoch_steps = steps_per_epoch(dataset.train, config.optimizer.batch_size)
-    if main:
-        claim(folder, config, dataset)
-    dist.barrier()
-
-    engine, criterion = build(config, epoch_steps, device)
-    log = MetricsLog(folder)
-
-    said: list[str] = []  # written once the log is rewound
-
-    # The order of starts: the run's own checkpoint, then given weights (in `build`), then scratch.
-    progress = checkpoint.resume(engine, folder, said.append) or Progress()
-    if progress.step:
-        said.append(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
-    elif not config.init.backbone and not config.init.weights and config.model.backbone != "tiny":
-        said.append(
-            f"{config.model.backbone} starts from random weights: --init.backbone FILE "
-            f"gives it ImageNet's, which the published AP needs"
-        )
-    if main:
-        log.rewind(progress.step)
-        position = progress.step, progress.step / epoch_steps
-        log.write(
-            "event",
-            *position,
-            event="start",
-            world=world,
-            steps=config.schedule.epochs * epoch_steps,
-            epochs=config.schedule.epochs,
-        )
-        for message in said:
-            log.write("event", *position, event="message", text=message)
-        publish_best(folder, progress)  # a crash may have come between checkpoint and best.json
-    truth = ground_truth(dataset.val) if main else None
-    for epoch in range(progress.epoch, config.schedule.epochs):
-        progress = train_epoch(engine, criterion, dataset, config, progress, folder, log, device)
-        average_batch_norm(engine.module)
-        evaluation = evaluate_epoch(engine.module, dataset, config, truth, device)
-        progress = record_evaluation(evaluation, progress, epoch + 1, folder, log)
-        checkpoint.save(
-            engine, folder, progress, config, dataset.labels, config.engine.keep_checkpoints
-        )
-        if main:
+    run = start(config, folder)
+    progress = resume(run)
+    for epoch in range(progress.epoch, run.config.schedule.epochs):
+        progress = train_epoch(run, progress)
+        progress = evaluate_epoch(run, progress, epoch + 1)
+        save(run, progress)
+        if run.rank == 0:
             publish_best(folder, progress)
     best = checkpoint.checkpoint_path(folder, progress.best_step)
-    if main:
-        finish(best, dataset, config, folder, device)
-        log.write("event", progress.step, float(progress.epoch), event="finished")
+    if run.rank == 0:
+        draw_best(run, best)
+        run.log.write("event", progress.step, float(progress.epoch), event="finished")
     dist.barrier()
     return best
 
 
-def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
-    """Writes what the run is, or checks that the folder is a run of the same config and data."""
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = {
-        "config": json.loads(config.to_json()),
-        "config_digest": config.digest(),
-        "train_digest": dataset.train.digest,
-        "val_digest": dataset.val.digest,
-        "labels": asdict(dataset.labels),
-    }
-    path = folder / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for part in ("config_digest", "train_digest", "val_digest"):
-            if before[part] != identity[part]:
-                raise UserError(
-                    f"run folder {folder} belongs to another {part.split('_')[0]}: got "
-                    f"{identity[part][:12]}, expected {before[part][:12]}; choose another --output"
-                )
-    _write_json(path, identity)
-
-
-def build(config: RunConfig, epoch_steps: int, device: torch.device) -> tuple[Any, torch.nn.Module]:
-    """The DeepSpeed engine around the seeded model, and the criterion."""
-    seed_step(config.seed, 0, 0)  # the same initial weights on every rank
-    model = build_model(config.model)
-    if config.init.backbone:
-        load_backbone(model, Path(config.init.backbone))
-    if config.init.weights:
-        state = torch.load(config.init.weights, map_location="cpu", weights_only=True)
-        load_official(model, state.get("model", state))
-    engine = build_engine(model.to(device), config, epoch_steps)
-    return engine, build_criterion(config.model).to(device)
-
-
-def train_epoch(
-    engine: Any,
-    criterion: torch.nn.Module,
-    dataset: Dataset,
-    config: RunConfig,
-    progress: Progress,
-    folder: Path,
-    log: MetricsLog,
-    device: torch.device,
-) -> Progress:
-    """Trains from `progress` to the end of its epoch, logging and checkpointing on the way."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def start(config: RunConfig, folder: Path) -> Run:
+    """Opens the data, joins the process group and builds the engine."""
+    device = choose_device(config.engine)
+    dataset = open_dataset(config)
+    config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
     epoch_steps = steps_per_epoch(dataset.train, config.optimizer.batch_size)
-    steps = training_steps(
-        dataset.train, dataset.labels, config, progress.epoch, progress.step_in_epoch,
-        rank, world, device.type == "cuda",
-    )  # fmt: skip
+    rank, world = start_process_group(device)
+    if rank == 0:
+        claim(folder, config, dataset)
+    dist.barrier()
+    torch.use_deterministic_algorithms(config.engine.deterministic)
+    return Run(
+        config=config,
+        folder=folder,
+        dataset=dataset,
+        engine=build_engine(initial_model(config).to(device), config, epoch_steps),
+        criterion=build_criterion(config.model).to(device),
+        device=device,
+        log=MetricsLog(folder),
+        truth=ground_truth(dataset.val) if rank == 0 else None,
+        steps_per_epoch=epoch_steps,
+        rank=rank,
+        world=world,
+    )
+
+
+def initial_model(config: RunConfig) -> nn.Module:
+    """The model before its first step, the same on every rank: from given weights, or seeded."""
+    seed_step(config.seed, 0, 0)
+    model = build_model(config.model)
+    for file in (config.init.backbone, config.init.weights):
+        if file and not Path(file).is_file():
+            raise UserError(f"weights {file!r}: no such file on this machine")
+    try:
+        if config.init.backbone:
+            load_backbone(model, Path(config.init.backbone))
+        if config.init.weights:
+            load_official(model, read_state_dict(Path(config.init.weights)))
+    except ValueError as error:
+        raise UserError(f"init: {error}") from None
+    return model
+
+
+def resume(run: Run) -> Progress:
+    """Continues the newest intact checkpoint, if there is one, and opens the log (collective)."""
+    said: list[str] = []
+    progress = checkpoint.resume(run.engine, run.folder, said.append) or Progress()
+    init, backbone = run.config.init, run.config.model.backbone
+    if progress.step:
+        said.append(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
+    elif not init.backbone and not init.weights and backbone != "tiny":
+        said.append(
+            f"{backbone} starts from random weights; --init.backbone FILE gives it ImageNet's, "
+            f"which the published AP needs"
+        )
+    if run.rank == 0:
+        run.log.rewind(progress.step)
+        epochs = run.config.schedule.epochs
+        length = {"steps": epochs * run.steps_per_epoch, "epochs": epochs, "world": run.world}
+        run.log.write("event", progress.step, float(progress.epoch), event="start", **length)
+        for text in said:
+            run.log.write("event", progress.step, float(progress.epoch), event="message", text=text)
+        publish_best(run.folder, progress)  # a crash may have come between checkpoint and this
+    return progress
+
+
+def train_epoch(run: Run, progress: Progress) -> Progress:
+    """Trains from `progress` to the end of its epoch, logging and checkpointing on the way."""
+    engine, settings = run.engine, run.config.engine
     engine.train()
-    meter = Meter(config.optimizer.batch_size)
-    for micro_batches in meter.timed(steps):
-        seed_step(config.seed, progress.step, rank)
-        num_boxes = global_boxes(micro_batches, device)
+    meter = Meter(run.config.optimizer.batch_size)
+    for micro_batches in meter.timed(epoch_steps(run, progress)):
+        seed_step(run.config.seed, progress.step, run.rank)
+        # The engine averages over micro-batches and ranks. This normaliser makes that average the
+        # loss of the whole global batch, divided by its number of boxes.
+        num_boxes = global_boxes(micro_batches, run.device) / (run.world * len(micro_batches))
         for batch in micro_batches:
-            batch = batch.to(device)
+            batch = batch.to(run.device)
             outputs = engine(batch.normalized_images(), batch.padding_mask)
-            # Averaged over micro-batches and ranks by the engine; so the share of each is scaled
-            # back to a sum over the whole global batch, divided by its number of boxes.
-            losses = criterion(outputs, batch.targets, num_boxes / (world * len(micro_batches)))
+            losses = run.criterion(outputs, batch.targets, num_boxes)
             engine.backward(losses["loss"])
             engine.step()
             meter.add(losses)
         progress = replace(
             progress, step=progress.step + 1, step_in_epoch=progress.step_in_epoch + 1
         )
-        last = progress.step_in_epoch == epoch_steps
-        if progress.step % config.engine.log_every == 0 or last:
-            values = meter.flush(progress.step, len(micro_batches))
-            values |= {"lr": rate_of(engine), "grad_norm": float(engine.get_global_grad_norm())}
-            if rank == 0:
-                log.write("train", progress.step, progress.step / epoch_steps, **values)
-        every = config.engine.checkpoint_steps
-        if every and progress.step % every == 0 and not last:
-            checkpoint.save(
-                engine, folder, progress, config, dataset.labels, config.engine.keep_checkpoints
-            )
+        last = progress.step_in_epoch == run.steps_per_epoch
+        saves = not last and is_multiple(progress.step, settings.checkpoint_steps)
+        # A line before each checkpoint: a resumed run then averages over the same steps.
+        if last or saves or is_multiple(progress.step, settings.log_every):
+            log_step(run, progress, meter)
+        if saves:
+            save(run, progress)
     return replace(progress, epoch=progress.epoch + 1, step_in_epoch=0)
 
 
-def global_boxes(micro_batches: list[Any], device: torch.device) -> torch.Tensor:
-    """Number of boxes in the whole global batch, at least 1: what losses are normalised by."""
+def is_multiple(step: int, period: int) -> bool:
+    return period > 0 and step % period == 0
+
+
+def epoch_steps(run: Run, progress: Progress) -> Any:
+    """For each step that remains of the epoch: this rank's micro-batches."""
+    return training_steps(
+        run.dataset.train,
+        run.dataset.labels,
+        run.config,
+        progress.epoch,
+        progress.step_in_epoch,
+        run.rank,
+        run.world,
+        pin_memory=run.device.type == "cuda",
+    )
+
+
+def global_boxes(micro_batches: list[Batch], device: torch.device) -> Tensor:
+    """Number of boxes in the whole global batch, at least 1 (collective)."""
     count = sum(len(t["labels"]) for batch in micro_batches for t in batch.targets)
     total = torch.tensor(float(count), device=device)
     dist.all_reduce(total)
     return total.clamp(min=1)
 
 
-def rate_of(engine: Any) -> float:
-    """The largest group's learning rate, for the next step."""
-    return max(group["lr"] for group in engine.optimizer.param_groups)
+def log_step(run: Run, progress: Progress, meter: Meter) -> None:
+    values = meter.flush(progress.step)
+    values["lr"] = max(group["lr"] for group in run.engine.optimizer.param_groups)
+    values["grad_norm"] = float(run.engine.get_global_grad_norm())
+    if run.rank == 0:
+        run.log.write("train", progress.step, progress.step / run.steps_per_epoch, **values)
 
 
-class Meter:
-    """Means of the losses over the steps and ranks since the last line, and the speed."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.sums: dict[str, torch.Tensor] = {}
-        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
-
-    def timed(self, steps: Any) -> Any:
-        """Passes the steps on, counting them and the seconds spent waiting for data."""
-        iterator = iter(steps)
-        while True:
-            start = time.perf_counter()
-            step = next(iterator, None)
-            if step is None:
-                return
-            self.waited += time.perf_counter() - start
-            self.steps += 1
-            yield step
-
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
-        for name, value in losses.items():
-            value = value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def flush(self, step: int, micro_batches: int) -> dict[str, float]:
-        """Losses, images_per_second and data_wait (share of the time) since the last call
-        (collective). Raises `FloatingPointError` when a loss is not finite."""
-        names = sorted(self.sums)
-        means = torch.stack([self.sums[n].float() for n in names])
-        means = means / (self.steps * micro_batches * dist.get_world_size())
-        dist.all_reduce(means)
-        values = dict(zip(names, means.tolist(), strict=True))
-        bad = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
-        if bad:
-            raise FloatingPointError(f"step {step}: not finite: {', '.join(bad)}")
-        seconds = time.perf_counter() - self.since
-        values["images_per_second"] = self.steps * self.batch_size / seconds
-        values["data_wait"] = self.waited / seconds
-        if torch.cuda.is_available():
-            values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
-        return values
+def save(run: Run, progress: Progress) -> None:
+    keep = run.config.engine.keep_checkpoints
+    checkpoint.save(run.engine, run.folder, progress, run.config, run.dataset.labels, keep)
 
 
-def evaluate_epoch(
-    model: torch.nn.Module, dataset: Dataset, config: RunConfig, truth: Any, device: torch.device
-) -> Evaluation | None:
-    """The evaluation on rank 0, None elsewhere (collective)."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = detect(model, dataset.val, dataset.labels, config, device, rank, world)
+def evaluate_epoch(run: Run, progress: Progress, epoch: int) -> Progress:
+    """Evaluates, logs, and returns the progress with the best so far (collective)."""
+    val, labels = run.dataset.val, run.dataset.labels
+    mine = detect(run.engine.module, val, labels, run.config, run.device, run.rank, run.world)
     detections = gather(mine)
-    return None if detections is None else summarize(truth, detections)
-
-
-def record_evaluation(
-    evaluation: Evaluation | None, progress: Progress, epoch: int, folder: Path, log: MetricsLog
-) -> Progress:
-    """Logs it and returns the progress with the best so far, equal on every rank (collective)."""
     best: list[Any] = [progress.best_ap, progress.best_step]
-    if evaluation is not None:
-        summary, per_class = evaluation.summary, evaluation.per_class
-        if summary["AP"] > progress.best_ap or progress.best_step < 0:
-            best = [summary["AP"], progress.step]
-        classes = {f"AP/{name}": value for name, value in per_class.items()}
-        log.write("evaluation", progress.step, float(epoch), **summary, **classes)
-        path = evaluation_path(folder, progress.step)
-        path.parent.mkdir(exist_ok=True)
-        _write_json(path, {"epoch": epoch, "summary": summary, "per_class": per_class})
+    if detections is not None:
+        evaluation = summarize(run.truth, detections)
+        if evaluation.summary["AP"] > progress.best_ap or progress.best_step < 0:
+            best = [evaluation.summary["AP"], progress.step]
+        write_evaluation(run.folder, progress.step, epoch, evaluation)
+        classes = {f"AP/{name}": value for name, value in evaluation.per_class.items()}
+        run.log.write("evaluation", progress.step, float(epoch), **evaluation.summary, **classes)
     dist.broadcast_object_list(best, src=0)
     return replace(progress, best_ap=best[0], best_step=best[1])
 
 
-def evaluation_path(folder: Path, step: int) -> Path:
-    return folder / "evaluations" / f"step-{step:08d}.json"
-
-
-def publish_best(folder: Path, progress: Progress) -> None:
-    """Writes best.json: the name of the best checkpoint and its evaluation."""
-    if progress.best_step >= 0:
-        name = checkpoint.checkpoint_path(folder, progress.best_step).name
-        evaluation = evaluation_path(folder, progress.best_step)
-        content = json.loads(evaluation.read_text(encoding="utf-8"))
-        _write_json(folder / "best.json", {"checkpoint": name, **content})
-
-
-def finish(
-    best: Path, dataset: Dataset, config: RunConfig, folder: Path, device: torch.device
-) -> None:
-    """Draws the best checkpoint's predictions on validation images (rank 0)."""
-    model = build_model(config.model)
-    model.load_state_dict(checkpoint.load_model(best)["model"])
-    path = folder / "predictions.png"
-    draw_predictions(model.to(device), dataset.val, dataset.labels, config, device, path)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(aside, path)
+def draw_best(run: Run, path: Path) -> None:
+    """Draws the best checkpoint's predictions on validation images."""
+    model = build_model(run.config.model)
+    model.load_state_dict(checkpoint.load_model(path)["model"])
+    data, picture = run.dataset, run.folder / "predictions.png"
+    draw_predictions(model.to(run.device), data.val, data.labels, run.config, run.device, picture)

@@ -12,6 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.data.augment import resize_for_evaluation
 from pipeline.data.batch import collate, decode
 from pipeline.data.labels import Labels
+from pipeline.data.objects import objects
 from pipeline.data.shards import Sample, ShardSet
 
 # Colours that stay apart for people who see few of them (Okabe and Ito's palette).
@@ -60,7 +61,7 @@ def draw_predictions(
 def _truth(sample: Sample, labels: Labels) -> list[tuple[list[float], int, str]]:
     column_of = labels.column_of()
     drawn = []
-    for annotation in sample.annotations:
+    for annotation in objects(sample.annotations, column_of):
         x, y, w, h = annotation["bbox"]
         column = column_of[int(annotation["category_id"])]
         name = labels.names[column] + (" (crowd)" if annotation.get("iscrowd") else "")

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.data.augment import Example
+from pipeline.data.objects import objects
 from pipeline.data.shards import Sample
 from pipeline.errors import UserError
 
@@ -57,26 +58,22 @@ class Batch:
 def decode(sample: Sample, column_of: dict[int, int]) -> Example:
     """The image and its trainable objects: not crowds, not empty boxes, cut to the image.
 
-    Raises `UserError` naming the image when its bytes cannot be decoded or a category is unknown.
+    Raises `UserError` naming the image when its bytes cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(sample.image_bytes)) as opened:
             pixels = np.array(opened.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"image {_name(sample.image)} cannot be decoded: {error}") from None
+        name = f"{sample.image.get('id')} ({sample.image.get('file_name')})"
+        raise UserError(f"image {name} cannot be decoded: {error}") from None
     image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-    objects = [a for a in sample.annotations if not a.get("iscrowd")]
-    try:
-        labels = [column_of[int(a["category_id"])] for a in objects]
-    except KeyError as missing:
-        raise UserError(
-            f"image {_name(sample.image)}: category id {missing} is not among the categories"
-        ) from None
-    boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
+    kept_objects = [a for a in objects(sample.annotations, column_of) if not a.get("iscrowd")]
+    labels = [column_of[a["category_id"]] for a in kept_objects]
+    boxes = torch.tensor([a["bbox"] for a in kept_objects], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     height, width = image.shape[-2:]
     boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # also drops NaN
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return Example(image, boxes[kept], torch.tensor(labels, dtype=torch.int64)[kept])
 
 
@@ -104,7 +101,3 @@ def collate(examples: list[Example], records: list[dict[str, Any]]) -> Batch:
         [int(r["id"]) for r in records],
         torch.tensor([[int(r["height"]), int(r["width"])] for r in records], dtype=torch.int64),
     )
-
-
-def _name(image: dict[str, Any]) -> str:
-    return f"{image.get('id')} ({image.get('file_name')})"

@@ -69,7 +69,7 @@ class ShardSet:
             self._files[shard] = os.open(self.folder / self.shard_names[shard], os.O_RDONLY)
         data = os.pread(self._files[shard], int(self.length[index]), int(self.offset[index]))
         image_bytes, record = b"", None
-        with tarfile.open(fileobj=io.BytesIO(data)) as members:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as members:
             for member in members:
                 content = members.extractfile(member)
                 assert content is not None, f"{member.name} in a shard is not a file"

@@ -44,9 +44,9 @@ def arguments(drawn, folder, address, *more):
 
 def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tmp_path):
     folder = tmp_path / "runs" / "job"
+    epochs = ("--schedule.epochs", 6)
     job = subprocess.Popen(
-        [sys.executable, "-m", *map(str, arguments(drawn, folder, cluster))]
-        + ["--schedule.epochs", "6"],
+        [sys.executable, "-m", *map(str, arguments(drawn, folder, cluster, *epochs))],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 150
@@ -83,8 +83,7 @@ def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tm
 
     # Submitted once more, the finished run ends at once and changes nothing.
     again = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments(drawn, folder, cluster))]
-        + ["--schedule.epochs", "6"],
+        [sys.executable, "-m", *map(str, arguments(drawn, folder, cluster, *epochs))],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert again.returncode == 0, again.stdout

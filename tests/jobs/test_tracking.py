@@ -49,9 +49,7 @@ def test_progress_has_loss_speed_and_time_left(tmp_path, capsys):
     log.write("event", 0, 0.0, event="start", steps=100, epochs=4, world=2)
     log.write("event", 0, 0.0, event="message", text="hello")
     log.write("train", 50, 2.0, loss=4.321, images_per_second=88.4)
-    log.write(
-        "evaluation", 50, 2.0, AP=0.5, AP50=0.7, AP75=0.4, AP_S=0.1, AP_M=0.2, AP_L=-1.0
-    )
+    log.write("evaluation", 50, 2.0, AP=0.5, AP50=0.7, AP75=0.4, AP_S=0.1, AP_M=0.2, AP_L=-1.0)
     ProgressPrinter(tmp_path, "demo").print_new()
     out = capsys.readouterr().out
     for word in ("hello", "epoch 2/4", "50%|", "50/100", "4.32", "88 images/s", "left", "AP 0.500"):

@@ -59,6 +59,25 @@ def test_numbers_are_those_of_pycocotools_on_the_annotation_file(drawn, val, tmp
     assert mean == pytest.approx(evaluation.summary["AP"])
 
 
+def test_data_without_area_crowd_flag_or_positive_ids_can_be_evaluated(
+    drawn, tmp_path, run_command
+):
+    content = drawn.annotations("val")
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["id"] = i  # from 0, which pycocotools would take for "no match"
+        del annotation["area"]
+        if not annotation["iscrowd"]:
+            del annotation["iscrowd"], annotation["segmentation"]
+    content["annotations"].append({"id": 10**6, "image_id": content["images"][0]["id"],
+                                   "category_id": 999, "bbox": [1, 1, 5, 5]})  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    done = run_command("data_prep", "convert", "--images", drawn.coco / "val", "--annotations",
+                       tmp_path / "a.json", "--output", tmp_path / "shards")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    evaluation = summarize(ground_truth(ShardSet(tmp_path / "shards")), perfect(drawn))
+    assert evaluation.summary["AP"] == pytest.approx(1.0)
+
+
 def test_nothing_detected_scores_zero(val):
     evaluation = summarize(ground_truth(val), [])
     assert evaluation.summary == dict.fromkeys(NAMES, 0.0)

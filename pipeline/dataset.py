@@ -1,0 +1,32 @@
+"""The data of a run: two shard folders with the same categories."""
+
+from dataclasses import dataclass
+
+from pipeline.config import RunConfig
+from pipeline.data.labels import Labels, build_labels
+from pipeline.data.shards import ShardSet
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    train: ShardSet
+    val: ShardSet
+    labels: Labels
+
+
+def open_dataset(config: RunConfig) -> Dataset:
+    """Raises `UserError` where a folder is missing or the two disagree about categories."""
+    if not config.data.train or not config.data.val:
+        raise UserError(
+            "data.train and data.val: expected two shard folders; "
+            "give --data.train DIR --data.val DIR"
+        )
+    train, val = ShardSet(config.data.train), ShardSet(config.data.val)
+    labels = build_labels(train.categories, config.data.labels)
+    if build_labels(val.categories, config.data.labels) != labels:
+        raise UserError(
+            f"{val.folder} and {train.folder} have different categories; "
+            f"convert both from annotation files with the same list"
+        )
+    return Dataset(train, val, labels)

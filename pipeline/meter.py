@@ -1,0 +1,66 @@
+"""Means of the losses, and the speed, between two lines of the metrics log."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Collects on the device, so that nothing waits for it but `flush`."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.calls = self.steps = 0
+        self.waited, self.since = 0.0, time.perf_counter()
+
+    def timed(self, steps: Iterable[T]) -> Iterator[T]:
+        """Passes the steps on, counting them and the seconds spent waiting for data."""
+        iterator = iter(steps)
+        while True:
+            start = time.perf_counter()
+            step = next(iterator, None)
+            if step is None:
+                return
+            self.waited += time.perf_counter() - start
+            self.steps += 1
+            yield step
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """The losses of one forward pass."""
+        self.calls += 1
+        for name, value in losses.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def flush(self, step: int) -> dict[str, float]:
+        """Mean losses over passes and ranks, `images_per_second`, `data_wait` (a share of the
+        time) and on a GPU `memory_gib` since the last call (collective).
+
+        Raises `FloatingPointError` naming the losses that are not finite.
+        """
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[n].float() for n in names])
+        means = means / (self.calls * dist.get_world_size())
+        dist.all_reduce(means)
+        values = dict(zip(names, means.tolist(), strict=True))
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(f"after step {step}: not finite: {', '.join(bad)}")
+        seconds = time.perf_counter() - self.since
+        values["images_per_second"] = self.steps * self.batch_size / seconds
+        values["data_wait"] = self.waited / seconds
+        if torch.cuda.is_available():
+            values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.restart()
+        return values
