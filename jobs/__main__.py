@@ -161,7 +161,8 @@ def interrupt(signum: int, frame: Any) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)  # so that `with` blocks clean up
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that `with` blocks clean up
+        signal.signal(number, interrupt)
     try:
         sys.exit(main("python -m jobs", (__doc__ or "").strip(), COMMANDS, sys.argv[1:]))
     except KeyboardInterrupt:

@@ -28,15 +28,17 @@ def connect(address: str) -> Any:
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
-        return JobSubmissionClient(address)
+        client = JobSubmissionClient(address)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"no Ray cluster answers at {address!r} ({reason}); give the dashboard's address, such "
             f"as http://HOST:8265, or leave --address out to run on this machine"
         ) from None
+    for name in ("ray", "ray.dashboard.modules.job.sdk"):  # Ray has set them to INFO by now
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return client
 
 
 def submit(client: Any, spec: JobSpec, name: str) -> str:

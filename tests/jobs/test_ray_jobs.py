@@ -44,7 +44,7 @@ def arguments(drawn, folder, address, *more):
 
 def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tmp_path):
     folder = tmp_path / "runs" / "job"
-    epochs = ("--schedule.epochs", 6)
+    epochs = ("--schedule.epochs", 4)
     job = subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments(drawn, folder, cluster, *epochs))],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -68,7 +68,7 @@ def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tm
     assert check(best) is None
     assert (folder / "predictions.png").exists()
     steps = [x["step"] for x in read_lines(folder / "metrics.jsonl") if x["kind"] == "train"]
-    assert steps == list(range(1, 31))
+    assert steps == list(range(1, 21))
 
     uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -77,7 +77,7 @@ def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tm
     assert run.info.status == "FINISHED"
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert sorted(m.step for m in history) == steps
-    assert len(client.get_metric_history(run.info.run_id, "val/AP")) == 6
+    assert len(client.get_metric_history(run.info.run_id, "val/AP")) == 4
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"predictions.png", "config.json", "best.json"} <= artifacts
 
