@@ -54,7 +54,7 @@ def draw_predictions(
             )
         ]
         tiles.append(_draw(sample, _truth(sample, labels), "ground truth"))
-        tiles.append(_draw(sample, predicted, "predictions"))
+        tiles.append(_draw(sample, predicted[::-1], "predictions"))  # the best drawn last
     _sheet(tiles, columns=4 if count > 1 else 2).save(path)
 
 
