@@ -1,8 +1,8 @@
 """Checkpoints of a run folder: written aside, digested, renamed when complete.
 
 A checkpoint is a folder `checkpoints/step-00000250` with DeepSpeed's files under `state/`, the
-whole model as `model.pt` (read without executing code), and `manifest.json` with the SHA-256 of
-every file. A folder that does not match its manifest is not a checkpoint.
+whole model as `model.pt` (read without executing code), `progress.json`, and `manifest.json` with
+the SHA-256 of every file. A folder that does not match its manifest is not a checkpoint.
 """
 
 import hashlib
@@ -44,11 +44,11 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(
-        str(aside), tag="state", client_state={"progress": asdict(progress)}, save_latest=False
-    )
+    engine.save_checkpoint(str(aside), tag="state", save_latest=False)
     dist.barrier()
     if dist.get_rank() == 0:
+        content = {"world": dist.get_world_size(), **asdict(progress)}
+        (aside / "progress.json").write_text(json.dumps(content), encoding="utf-8")
         torch.save(
             {
                 "model": _weights(engine.module),
@@ -70,18 +70,27 @@ def save(
 def resume(engine: Any, folder: Path, warn: Any) -> Progress | None:
     """Loads the newest intact checkpoint into the engine (collective), or returns None.
 
-    `warn(message)` is told of every checkpoint that had to be passed over.
+    `warn(message)` is told of every checkpoint that had to be passed over. Raises `UserError` when
+    it was written by another number of processes.
     """
-    found: list[str | None] = [None]
+    found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         intact = newest_intact(folder, warn)
-        found = [str(intact) if intact else None]
+        if intact is not None:
+            found = [str(intact), json.loads((intact / "progress.json").read_text("utf-8"))]
     dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
+    path, content = found
+    if path is None:
         return None
-    path, state = engine.load_checkpoint(found[0], tag="state")
-    assert path is not None, f"DeepSpeed loaded nothing from {found[0]}"
-    return Progress(**state["progress"])
+    world = content.pop("world")
+    if world != dist.get_world_size():
+        raise UserError(
+            f"{path} was written by {world} processes, got {dist.get_world_size()}; "
+            f"resume with {world}, or choose another --output"
+        )
+    loaded, _ = engine.load_checkpoint(path, tag="state")
+    assert loaded is not None, f"DeepSpeed loaded nothing from {path}"
+    return Progress(**content)
 
 
 def newest_intact(folder: Path, warn: Any) -> Path | None:

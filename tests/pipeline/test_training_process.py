@@ -77,6 +77,12 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(drawn, tmp_path):
     assert ends[0].keys() == ends[1].keys()
     for name, value in ends[0].items():
         assert torch.equal(value, ends[1][name]), name
+    other = subprocess.run(
+        command(drawn, "demo", resumed, *options), cwd=ROOT, env=ENVIRONMENT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert other.returncode == 2
+    assert "written by 2 processes, got 1" in other.stderr
     texts = [x["text"] for x in read_lines(resumed / "metrics.jsonl") if x.get("text")]
     assert any("resumed after step" in text for text in texts)
 
