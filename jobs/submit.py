@@ -18,6 +18,7 @@ EXCLUDES = [
     "/.pytest_cache", "/.hypothesis", "__pycache__", "/.build/*", "!/.build/cuda_ops",
 ]  # fmt: skip
 PROGRESS = re.compile(r"\d+%\|")  # a progress bar as tqdm draws it
+AGENT_TIMEOUT = 90.0  # seconds until a starting cluster must take jobs
 QUIET_SECONDS = 5.0  # between two progress lines where the terminal cannot redraw
 
 
@@ -42,13 +43,16 @@ def connect(address: str) -> Any:
 
 
 def submit(client: Any, spec: JobSpec, name: str) -> str:
-    """Submits the job and returns its id: the name and the number of the attempt."""
+    """Submits the job and returns its id: the name and the number of the attempt.
+
+    A cluster that has just started, without an agent to take jobs yet, is waited for.
+    """
     taken = {job.submission_id for job in client.list_jobs()}
     attempt = next(n for n in range(len(taken) + 1) if f"{name}-{n}" not in taken)
-    return client.submit_job(
-        entrypoint="python -m jobs.driver",
-        submission_id=f"{name}-{attempt}",
-        runtime_env={
+    job = {
+        "entrypoint": "python -m jobs.driver",
+        "submission_id": f"{name}-{attempt}",
+        "runtime_env": {
             "working_dir": str(ROOT),
             "excludes": EXCLUDES,
             "env_vars": {
@@ -57,8 +61,21 @@ def submit(client: Any, spec: JobSpec, name: str) -> str:
                 "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
             },
         },
-        metadata={"folder": spec.folder, "recipe": spec.run_config().recipe},
-    )
+        "metadata": {"folder": spec.folder, "recipe": spec.run_config().recipe},
+    }
+    deadline = time.monotonic() + AGENT_TIMEOUT
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the cluster takes no jobs: no agent was ready in {AGENT_TIMEOUT:.0f} s; "
+                    f"look at its nodes with: ray status"
+                ) from None
+            time.sleep(1)
 
 
 def follow(client: Any, job_id: str) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import psutil
@@ -14,7 +15,9 @@ import pytest
 
 from jobs.cluster import local_cluster
 from jobs.spec import JobSpec
+from jobs.submit import submit
 from pipeline.checkpoint import check
+from pipeline.errors import UserError
 from pipeline.recipes import recipe
 from pipeline.tracking import read_lines
 
@@ -143,3 +146,30 @@ def test_a_job_spec_survives_its_journey():
     spec = JobSpec(config=recipe("demo").to_json(), folder="/runs/x", workers=3, code="abc")
     assert JobSpec.from_json(spec.to_json()) == spec
     assert spec.run_config() == recipe("demo")
+
+
+class StartingCluster:
+    """A Jobs client whose cluster has no agent for the first `refusals` submissions."""
+
+    def __init__(self, refusals: int, message: str = "500: No available agent to submit job"):
+        self.refusals, self.message = refusals, message
+
+    def list_jobs(self):
+        return [SimpleNamespace(submission_id="run-0")]
+
+    def submit_job(self, **job):
+        if self.refusals:
+            self.refusals -= 1
+            raise RuntimeError(self.message)
+        return job["submission_id"]
+
+
+def test_a_cluster_that_is_still_starting_is_waited_for(monkeypatch):
+    monkeypatch.setattr("jobs.submit.AGENT_TIMEOUT", 10.0)
+    spec = JobSpec(config=recipe("demo").to_json(), folder="/runs/x")
+    assert submit(StartingCluster(1), spec, "run") == "run-1"
+    with pytest.raises(RuntimeError, match="disk"):
+        submit(StartingCluster(1, "disk full"), spec, "run")
+    monkeypatch.setattr("jobs.submit.AGENT_TIMEOUT", 0.0)
+    with pytest.raises(UserError, match="takes no jobs"):
+        submit(StartingCluster(9), spec, "run")
