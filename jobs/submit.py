@@ -37,7 +37,8 @@ def connect(address: str) -> Any:
             f"no Ray cluster answers at {address!r} ({reason}); give the dashboard's address, such "
             f"as http://HOST:8265, or leave --address out to run on this machine"
         ) from None
-    for name in ("ray", "ray.dashboard.modules.job.sdk"):  # Ray has set them to INFO by now
+    sdk = "ray.dashboard.modules"
+    for name in ("ray", f"{sdk}.dashboard_sdk", f"{sdk}.job.sdk"):  # at INFO by now
         logging.getLogger(name).setLevel(logging.WARNING)
     return client
 
