@@ -131,7 +131,7 @@ def _first_line(error: BaseException) -> str:
 def main() -> int:
     try:
         run(JobSpec.from_json(os.environ[SPEC_VARIABLE]))
-    except PERMANENT as error:
+    except (*PERMANENT, OSError) as error:  # OSError: such as a run folder that cannot be made
         print(f"error: {error}", flush=True)
         return 2
     return 0

@@ -39,7 +39,7 @@ def main(prog: str, description: str, commands: dict[str, Command], argv: Sequen
         if argv[0] not in commands:
             raise UserError(f"unknown command {argv[0]!r}: expected one of {', '.join(commands)}")
         commands[argv[0]].run(list(argv[1:]))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a file that cannot be read or written
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -21,6 +21,7 @@ import pytest
         (["evaluate", "--checkpoint", "tests", "--data", "tests"], ["not a checkpoint"]),
         (["predict", "--checkpoint", "tests"], ["Missing", "--data"]),
         (["trian"], ["unknown command 'trian'", "train"]),
+        (["evaluate", "--checkpoint", "tests", "--data", "tests", "--device", "gpu"], ["'gpu'"]),
         (["recipes", "--all"], ["no options"]),
     ],
 )
