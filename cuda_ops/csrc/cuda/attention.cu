@@ -1,15 +1,12 @@
-// Both operators on CUDA: kernels from the phases of phases.h, and the tensors around them.
+// Both operators on CUDA: the tensors around the kernels, and their launches.
 #include "../checks.h"
-#include "phases.h"
+#include "launch.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cuda_runtime.h>
-
-#include <optional>
 #include <tuple>
 
 namespace cuda_ops {
@@ -17,171 +14,92 @@ namespace {
 
 using Shapes = std::vector<int64_t>;
 
-template <typename A>
-__device__ Shared<A> shared_memory(int64_t points, int rows, int lanes) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return {reinterpret_cast<A*>(memory), points, rows, lanes};
+int32_t small(
+    const char* name, int64_t size, int64_t limit = std::numeric_limits<int32_t>::max()) {
+  STD_TORCH_CHECK(size <= limit, name, " is ", size, ", expected at most ", limit, " on CUDA");
+  return static_cast<int32_t>(size);
 }
 
-struct AtomicAdd {
-  template <typename A, int C>
-  __device__ __forceinline__ void operator()(A* address, const A (&amounts)[C]) const {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (sizeof(A) == 4 && C % 4 == 0) {
-      for (int c = 0; c < C; c += 4)
-        atomicAdd(
-            reinterpret_cast<float4*>(address + c),
-            make_float4(amounts[c], amounts[c + 1], amounts[c + 2], amounts[c + 3]));
-      return;
-    }
-#endif
-    for (int c = 0; c < C; ++c) atomicAdd(address + c, amounts[c]);
-  }
-};
-
-template <typename T, int C>
-__global__ void forward_kernel(const __grid_constant__ Attention<T> p) {
-  const auto shared = shared_memory<Wide<T>>(p.row_points(), p.rows, p.lanes);
-  place_points(p, shared, blockIdx.x, threadIdx.x);
-  __syncthreads();
-  softmax_rows(p, shared, blockIdx.x, threadIdx.x);
-  __syncthreads();
-  gather_rows<T, C>(p, shared, blockIdx.x, threadIdx.x);
-}
-
-template <typename T, int C>
-__global__ void backward_kernel(const __grid_constant__ Attention<T> p) {
-  const auto shared = shared_memory<Wide<T>>(p.row_points(), p.rows, p.lanes);
-  place_points(p, shared, blockIdx.x, threadIdx.x);
-  __syncthreads();
-  softmax_rows(p, shared, blockIdx.x, threadIdx.x);
-  __syncthreads();
-  if (p.placed != nullptr) keep_points(p, shared, blockIdx.x, threadIdx.x);
-  __syncthreads();
-  for (int64_t chunk = 0; chunk < p.row_points(); chunk += kChunk) {
-    scatter_rows<T, C>(p, shared, blockIdx.x, threadIdx.x, chunk, AtomicAdd{});
-    __syncthreads();
-    sum_lanes(p, shared, blockIdx.x, threadIdx.x, chunk);
-    __syncthreads();
-  }
-  mean_dots(p, shared, blockIdx.x, threadIdx.x);
-  __syncthreads();
-  finish_rows(p, shared, blockIdx.x, threadIdx.x);
-}
-
-template <typename T>
-__global__ void owners_kernel(const __grid_constant__ Owners<T> p) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  Wide<T>* sums = reinterpret_cast<Wide<T>*>(memory);
-  const int lane = threadIdx.x;
-  const Owned<T> mine = owned_by(p, blockIdx.x);
-  clear_owned(p, mine, lane, sums);
-  __syncwarp();
-  // A channel's sums belong to one lane throughout, so nothing else has to be waited for.
-  for (int64_t first = 0; first < p.Q * p.K; first += kWarp) {
-    unsigned hits = __ballot_sync(0xffffffffu, touches_owned(p, mine, first + lane));
-    for (; hits != 0; hits &= hits - 1)
-      add_point(p, mine, first + __ffs(static_cast<int>(hits)) - 1, lane, sums);
-  }
-  __syncwarp();
-  store_owned(p, mine, lane, sums);
-}
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-unsigned grid_of(int64_t blocks) {
-  STD_TORCH_CHECK(
-      blocks <= std::numeric_limits<int32_t>::max(), "the call needs ", blocks,
-      " CUDA blocks, expected less than 2^31; split the batch");
-  return static_cast<unsigned>(blocks);
-}
-
-Levels levels_of(const Sizes& z, const Shapes& shapes) {
-  STD_TORCH_CHECK(z.L <= kMaxLevels, "got ", z.L, " levels, expected at most ", kMaxLevels);
-  Levels levels{};
+// The sizes, in the numbers that the kernels count with; offsets into tensors are 64 bits wide.
+template <typename Problem>
+void set_sizes(Problem& p, const Sizes& z, const Shapes& shapes) {
+  p.N = small("N", z.N);
+  p.S = small("S", z.S);
+  p.Q = small("Q", z.Q, kMaxQueries - 1);
+  p.L = small("L", z.L, kMaxLevels);
+  small("M * D", z.M * z.D);
+  small("Q * K", z.Q * z.K);
+  p.M = static_cast<int32_t>(z.M);
+  p.D = static_cast<int32_t>(z.D);
+  p.K = static_cast<int32_t>(z.K);
   int32_t start = 0;
-  for (int64_t l = 0; l < z.L; ++l) {
-    levels.height[l] = static_cast<int32_t>(shapes[2 * l]);
-    levels.width[l] = static_cast<int32_t>(shapes[2 * l + 1]);
-    levels.start[l] = start;
-    start += levels.height[l] * levels.width[l];
+  for (int32_t l = 0; l < p.L; ++l) {
+    p.levels[l] = {
+        static_cast<int32_t>(shapes[2 * l]), static_cast<int32_t>(shapes[2 * l + 1]), start, 0};
+    start += p.levels[l].height * p.levels[l].width;
   }
-  return levels;
 }
 
 template <typename T>
 Attention<T> attention_of(const Sizes& z, const Shapes& shapes, const Tensor& value) {
   Attention<T> p{};
-  p.N = z.N, p.S = z.S, p.M = z.M, p.D = z.D, p.Q = z.Q, p.L = z.L, p.K = z.K, p.R = z.R;
-  p.levels = levels_of(z, shapes);
+  set_sizes(p, z, shapes);
+  p.R = static_cast<int32_t>(z.R);
   p.value = static_cast<const T*>(value.const_data_ptr());
   return p;
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+// Starts kernels on the stream that torch uses at the moment.
+struct Run {
+  cudaStream_t stream;
 
-// Divides the rows over blocks and hands `launch` the number of channels of one load: 16 bytes
-// where every head begins at a multiple of that, else a single channel.
-template <typename T, typename Launch>
-void launch_rows(Attention<T>& p, bool backward, const Launch& launch) {
-  constexpr int kVector = 16 / sizeof(T);
-  const void* other = backward ? static_cast<const void*>(p.grad_output) : p.output;
-  const bool vectors = p.D % kVector == 0 && aligned(p.value) && aligned(other);
-  divide_rows(p, vectors ? kVector : 1, backward);
-  const int64_t bytes = Shared<Wide<T>>::numbers(p.row_points(), p.rows, p.lanes, backward) *
-                        static_cast<int64_t>(sizeof(Wide<T>));
-  STD_TORCH_CHECK(
-      bytes <= kSharedBytes, "L * K = ", p.row_points(), " points need ", bytes,
-      " bytes of shared memory, expected at most ", kSharedBytes);
-  if (p.row_count() == 0) return;
-  const unsigned grid = grid_of(p.blocks());
-  if (vectors) {
-    launch(std::integral_constant<int, kVector>{}, grid, p.threads(), bytes);
-  } else {
-    launch(std::integral_constant<int, 1>{}, grid, p.threads(), bytes);
+  explicit Run(const Tensor& tensor) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
+
+  template <typename Kernel, typename Problem>
+  void operator()(const Kernel& kernel, const Launch& launch, const Problem& p) const {
+    STD_TORCH_CHECK(
+        launch.bytes <= kSharedBytes, "L * K = ", int64_t{p.L} * p.K, " points need ",
+        launch.bytes, " bytes of shared memory, expected at most ", kSharedBytes);
+    const int32_t blocks = small("the number of CUDA blocks", launch.blocks);
+    kernel<<<blocks, launch.threads, static_cast<size_t>(launch.bytes), stream>>>(p);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+// The gradient of value, and what the first kernel leaves for the owners.
+struct Owned {
+  Tensor grad_value, placed, shares, boxes;
+
+  Owned(const Tensor& value, const Sizes& z)
+      : grad_value(torch::stable::new_empty(value, value.sizes())),
+        placed(wide(value, {z.N, z.M, z.L, z.Q, z.K, 2})),
+        shares(wide(value, {z.N, z.M, z.L, z.Q, z.K})),
+        boxes(wide(value, {z.N, z.M, z.L, (z.Q * z.K + kWarp - 1) / kWarp, 4})) {}
+
+  static Tensor wide(const Tensor& value, std::initializer_list<int64_t> sizes) {
+    return torch::stable::new_empty(value, sizes, accumulation_type(value.scalar_type()));
+  }
+};
 
 template <typename T>
-void run_forward(Attention<T>& p, cudaStream_t stream) {
-  launch_rows(p, false, [&](auto channels, unsigned grid, int threads, int64_t bytes) {
-    forward_kernel<T, decltype(channels)::value><<<grid, threads, bytes, stream>>>(p);
-  });
-}
-
-template <typename T>
-void run_backward(Attention<T>& p, cudaStream_t stream) {
-  launch_rows(p, true, [&](auto channels, unsigned grid, int threads, int64_t bytes) {
-    backward_kernel<T, decltype(channels)::value><<<grid, threads, bytes, stream>>>(p);
-  });
-}
-
-template <typename T>
-void run_owners(const Attention<T>& attention, T* grad_value, cudaStream_t stream) {
-  Owners<T> p{};
-  p.N = attention.N, p.S = attention.S, p.M = attention.M, p.D = attention.D;
-  p.Q = attention.Q, p.L = attention.L, p.K = attention.K;
-  p.levels = attention.levels;
-  p.grad_output = attention.grad_output;
-  p.placed = attention.placed;
-  p.grad_value = grad_value;
-  divide_tokens(p);
-  if (p.blocks() == 0) return;
-  const int64_t bytes = p.strip * p.D * static_cast<int64_t>(sizeof(Wide<T>));
-  STD_TORCH_CHECK(
-      bytes <= kSharedBytes, "D = ", p.D, " channels need ", bytes,
-      " bytes of shared memory, expected at most ", kSharedBytes);
-  owners_kernel<T><<<grid_of(p.blocks()), kWarp, bytes, stream>>>(p);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+void run_owned(Attention<T>& p, const Sizes& z, const Shapes& shapes, Owned& owned) {
+  using A = Wide<T>;
+  p.placed = static_cast<A*>(owned.placed.mutable_data_ptr());
+  p.shares = static_cast<A*>(owned.shares.mutable_data_ptr());
+  Owners<T> owners{};
+  set_sizes(owners, z, shapes);
+  owners.boxes = static_cast<A*>(owned.boxes.mutable_data_ptr());
+  owners.grad_value = static_cast<T*>(owned.grad_value.mutable_data_ptr());
+  run_backward(p, owners, Run(owned.grad_value));
 }
 
 template <typename Call>
-auto with_storage(const Tensor& value, const Call& call) {
+void with_storage(const Tensor& value, const Call& call) {
   switch (value.scalar_type()) {
     case ScalarType::Double: return call(double{});
     case ScalarType::Half: return call(__half{});
@@ -189,41 +107,6 @@ auto with_storage(const Tensor& value, const Call& call) {
     default: return call(float{});
   }
 }
-
-// The gradient of value in its two forms: filled by atomics in wide numbers and then converted,
-// or written once, in its own type, by the owners.
-struct ValueGradient {
-  const Tensor& value;
-  bool deterministic;
-  Tensor memory;
-  std::optional<Tensor> placed;
-
-  ValueGradient(const Tensor& value, const Sizes& z, bool deterministic)
-      : value(value),
-        deterministic(deterministic),
-        memory(
-            deterministic ? torch::stable::new_empty(value, value.sizes())
-                          : torch::stable::new_zeros(
-                                value, value.sizes(), accumulation_type(value.scalar_type()))) {
-    if (deterministic)
-      placed = torch::stable::new_empty(
-          value, {z.N, z.Q, z.M, z.L * z.K, 3}, accumulation_type(value.scalar_type()));
-  }
-
-  template <typename T>
-  void run(Attention<T>& p, cudaStream_t stream) {
-    if (deterministic) {
-      p.placed = static_cast<Wide<T>*>(placed->mutable_data_ptr());
-      run_backward(p, stream);
-      run_owners(p, static_cast<T*>(memory.mutable_data_ptr()), stream);
-    } else {
-      p.grad_value = static_cast<Wide<T>*>(memory.mutable_data_ptr());
-      run_backward(p, stream);
-    }
-  }
-
-  Tensor result() const { return torch::stable::to(memory, value.scalar_type()); }
-};
 
 Tensor multi_scale_deformable_attention(
     const Tensor& value, const Shapes& shapes, const Tensor& locations, const Tensor& weights) {
@@ -239,14 +122,14 @@ Tensor multi_scale_deformable_attention(
     p.points = points.const_data_ptr();
     p.weights = static_cast<const T*>(attention.const_data_ptr());
     p.output = static_cast<T*>(output.mutable_data_ptr());
-    run_forward(p, current_stream(value));
+    run_forward(p, Run(value));
   });
   return output;
 }
 
 std::tuple<Tensor, Tensor, Tensor> multi_scale_deformable_attention_backward(
     const Tensor& grad_output, const Tensor& value, const Shapes& shapes, const Tensor& locations,
-    const Tensor& weights, bool deterministic) {
+    const Tensor& weights, bool /*deterministic: always*/) {
   const Sizes z = check_plain(value, shapes, locations, weights);
   check_grad_output(grad_output, value, z);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
@@ -256,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> multi_scale_deformable_attention_backward(
   const Tensor grad = torch::stable::contiguous(grad_output);
   Tensor grad_points = torch::stable::new_empty(locations, locations.sizes());
   Tensor grad_weights = torch::stable::new_empty(weights, weights.sizes());
-  ValueGradient grad_value(value, z, deterministic);
+  Owned owned(value, z);
   with_storage(value, [&](auto storage) {
     using T = decltype(storage);
     Attention<T> p = attention_of<T>(z, shapes, values);
@@ -265,9 +148,9 @@ std::tuple<Tensor, Tensor, Tensor> multi_scale_deformable_attention_backward(
     p.grad_output = static_cast<const T*>(grad.const_data_ptr());
     p.grad_points = grad_points.mutable_data_ptr();
     p.grad_weights = static_cast<T*>(grad_weights.mutable_data_ptr());
-    grad_value.run(p, current_stream(value));
+    run_owned(p, z, shapes, owned);
   });
-  return {grad_value.result(), grad_points, grad_weights};
+  return {owned.grad_value, grad_points, grad_weights};
 }
 
 Tensor fused_deformable_attention(
@@ -287,7 +170,7 @@ Tensor fused_deformable_attention(
     p.points = points.const_data_ptr();
     p.weights = static_cast<const T*>(weights.const_data_ptr());
     p.output = static_cast<T*>(output.mutable_data_ptr());
-    run_forward(p, current_stream(value));
+    run_forward(p, Run(value));
   });
   return output;
 }
@@ -295,7 +178,7 @@ Tensor fused_deformable_attention(
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
     const Tensor& grad_output, const Tensor& value, const Shapes& shapes,
     const Tensor& reference_points, const Tensor& offsets, const Tensor& logits,
-    bool reference_gradient, bool deterministic) {
+    bool reference_gradient, bool /*deterministic: always*/) {
   const Sizes z = check_fused(value, shapes, reference_points, offsets, logits);
   check_grad_output(grad_output, value, z);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
@@ -308,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
   Tensor grad_weights = torch::stable::new_empty(logits, logits.sizes());
   Tensor parts = torch::stable::new_empty(
       reference_points, {reference_gradient ? z.N : 0, z.Q, z.M, z.L, z.R});
-  ValueGradient grad_value(value, z, deterministic);
+  Owned owned(value, z);
   with_storage(value, [&](auto storage) {
     using T = decltype(storage);
     Attention<T> p = attention_of<T>(z, shapes, values);
@@ -320,13 +203,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
     p.grad_weights = static_cast<T*>(grad_weights.mutable_data_ptr());
     if (reference_gradient)
       p.reference_parts = static_cast<Wide<T>*>(parts.mutable_data_ptr());
-    grad_value.run(p, current_stream(value));
+    run_owned(p, z, shapes, owned);
   });
   const std::vector<int64_t> heads{2};
   Tensor grad_reference = reference_gradient
       ? torch::stable::sum(parts, torch::headeronly::IntHeaderOnlyArrayRef(heads))
       : torch::stable::new_empty(reference_points, {0});
-  return {grad_value.result(), grad_reference, grad_points, grad_weights};
+  return {owned.grad_value, grad_reference, grad_points, grad_weights};
 }
 
 }  // namespace

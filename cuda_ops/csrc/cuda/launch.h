@@ -1,0 +1,76 @@
+// Which kernels a call runs, in which order, and how it is cut into blocks. `run(kernel, launch,
+// problem)` starts one: on a GPU in attention.cu, on the CPU in the tests.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+#include "owners.h"
+
+namespace cuda_ops {
+
+struct Launch {
+  int64_t blocks;
+  int32_t threads;
+  int64_t bytes;  // of shared memory a block; more than kSharedBytes where nothing fits
+};
+
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Blocks of as many threads as shared memory has room for, up to kMaxThreads.
+template <typename T>
+Launch divide(Attention<T>& p, int lanes, int64_t bytes_of_warp) {
+  int threads = kMaxThreads;
+  while (threads > lanes * kTileWidth && threads / kWarp * bytes_of_warp > kSharedBytes)
+    threads /= 2;
+  divide_rows(p, lanes, threads);
+  return {p.blocks(), threads, threads / kWarp * bytes_of_warp};
+}
+
+// Calls `call(C, G)`: loads of C channels, 16 bytes where every head begins at a multiple of
+// that, and G lanes a row.
+template <typename T, typename Call>
+void with_layout(const Attention<T>& p, const void* other, const Call& call) {
+  using std::integral_constant;
+  constexpr int kLoad = 16 / sizeof(T);
+  if (p.D % kLoad != 0 || !aligned(p.value) || !aligned(other)) {
+    call(integral_constant<int, 1>{}, integral_constant<int, 8>{});
+  } else if (p.D <= 4 * kLoad) {
+    call(integral_constant<int, kLoad>{}, integral_constant<int, 4>{});
+  } else {
+    call(integral_constant<int, kLoad>{}, integral_constant<int, 8>{});
+  }
+}
+
+template <typename T, typename Run>
+void run_forward(Attention<T>& p, const Run& run) {
+  with_layout(p, p.output, [&](auto channels, auto lanes) {
+    constexpr int C = decltype(channels)::value, G = decltype(lanes)::value;
+    const Launch launch = divide(p, G, sizeof(ForwardShared<Wide<T>>));
+    if (launch.blocks > 0) run(forward_kernel<T, C, G>, launch, p);
+  });
+}
+
+// `owners` needs its sizes, boxes and grad_value; the rest is taken from `p`.
+template <typename T, typename Run>
+void run_backward(Attention<T>& p, Owners<T>& owners, const Run& run) {
+  using A = Wide<T>;
+  with_layout(p, p.grad_output, [&](auto channels, auto lanes) {
+    constexpr int C = decltype(channels)::value, G = decltype(lanes)::value;
+    const int64_t points = int64_t{p.points_per_row()} * (kWarp / G);
+    const Launch launch = divide(p, G, BackwardShared<A>::bytes(points));
+    if (launch.blocks > 0) run(backward_kernel<T, C, G>, launch, p);
+  });
+  owners.grad_output = p.grad_output;
+  owners.placed = p.placed;
+  owners.shares = p.shares;
+  owners.vectors =
+      p.D % kVector<A> == 0 && aligned(p.grad_output) && aligned(owners.grad_value);
+  divide_tokens(owners);
+  if (owners.blocks() == 0) return;
+  const int64_t boxes = (owners.box_count() * kWarp + kBoxThreads - 1) / kBoxThreads;
+  if (boxes > 0) run(box_kernel<T>, Launch{boxes, kBoxThreads, 0}, owners);
+  static_assert(sizeof(OwnersShared<A>) <= kSharedBytes);
+  run(owners_kernel<T>, Launch{owners.blocks(), kOwners * kWarp, sizeof(OwnersShared<A>)}, owners);
+}
+
+}  // namespace cuda_ops

@@ -1,0 +1,258 @@
+// The gradient of value, without atomics: a block owns 8 x 8 tokens of one (image, head, level),
+// finds the points that touch them, and adds up in shared memory what they bring. Four warps each
+// take every fourth group of the points, in order, and their sums are added in order: the result
+// is the same bits every time. Points are skipped 32 at a time by the box that holds them.
+#pragma once
+
+#include "problem.h"
+
+namespace cuda_ops {
+
+constexpr int kTile = 8;     // tokens across and down
+constexpr int kOwners = 4;   // warps of a block
+constexpr int kList = 64;    // points that a warp has found and not yet added
+
+template <typename A>
+constexpr int kVector = 16 / static_cast<int>(sizeof(A));
+// Channels of a block: each of a point's four corners has 8 lanes, with 16 bytes each.
+template <typename A>
+constexpr int kOwnedChannels = 8 * kVector<A>;
+
+template <typename T>
+struct Owners {
+  using A = Wide<T>;
+  int32_t N, S, M, D, Q, L, K;
+  Level levels[kMaxLevels];
+  const T* grad_output;  // [N, Q, M, D]
+  const A* placed;       // [N, M, L, Q * K, 2]
+  const A* shares;       // [N, M, L, Q * K]
+  A* boxes;              // [N, M, L, chunks, 4]: lowest x and y, highest x and y
+  T* grad_value;         // [N, S, M, D]
+  int32_t tiles, channel_parts;
+  bool vectors;  // 16-byte loads and stores are possible
+
+  __host__ __device__ int64_t points() const { return int64_t{Q} * K; }
+  __host__ __device__ int64_t chunks() const { return (points() + kWarp - 1) / kWarp; }
+  __host__ __device__ int64_t box_count() const { return int64_t{N} * M * L * chunks(); }
+  __host__ __device__ int64_t blocks() const { return int64_t{N} * M * channel_parts * tiles; }
+};
+
+template <typename T>
+void divide_tokens(Owners<T>& p) {
+  p.tiles = 0;
+  for (int32_t l = 0; l < p.L; ++l) {
+    p.levels[l].first_tile = p.tiles;
+    p.tiles += divide_up(p.levels[l].width, kTile) * divide_up(p.levels[l].height, kTile);
+  }
+  p.channel_parts = divide_up(p.D, kOwnedChannels<Wide<T>>);
+}
+
+constexpr int kBoxThreads = 128;
+
+// One warp a chunk of 32 points: the box that holds them. Points that touch nothing are NaN,
+// which minimum and maximum pass over.
+template <typename T>
+__global__ void __launch_bounds__(kBoxThreads) box_kernel(const __grid_constant__ Owners<T> p) {
+  using A = Wide<T>;
+  const int64_t box = (int64_t{blockIdx.x} * kBoxThreads + threadIdx.x) / kWarp;
+  if (box >= p.box_count()) return;
+  const int64_t i = box % p.chunks() * kWarp + threadIdx.x % kWarp;
+  const A nothing = static_cast<A>(nanf(""));
+  Pack<A, 2> low{{nothing, nothing}};
+  if (i < p.points())
+    low = reinterpret_cast<const Pack<A, 2>*>(p.placed)[box / p.chunks() * p.points() + i];
+  Pack<A, 2> high = low;
+#pragma unroll
+  for (int other = kWarp / 2; other > 0; other /= 2) {
+#pragma unroll
+    for (int axis = 0; axis < 2; ++axis) {
+      low.numbers[axis] =
+          smaller(low.numbers[axis], __shfl_xor_sync(kAll, low.numbers[axis], other));
+      high.numbers[axis] =
+          larger(high.numbers[axis], __shfl_xor_sync(kAll, high.numbers[axis], other));
+    }
+  }
+  if (threadIdx.x % kWarp == 0)
+    reinterpret_cast<Pack<A, 4>*>(p.boxes)[box] = {
+        {low.numbers[0], low.numbers[1], high.numbers[0], high.numbers[1]}};
+}
+
+// A point that touches the tile: its distances from the pixel left above of it, its weight, that
+// pixel's column and line in the tile plus one (0 to 8), and the query, shifted by eight.
+template <typename A>
+struct alignas(16) Found {
+  A right, bottom, weight;
+  uint32_t place;
+};
+
+template <typename A>
+struct OwnersShared {
+  Pack<A, kVector<A>> sums[kOwners][kTile * kTile][8];  // [warp][token][lane of a corner]
+  Found<A> list[kOwners][kList];
+};
+
+struct OwnedTile {
+  int32_t n, m, part, level, x, y;  // x, y: of its first token
+};
+
+template <typename T>
+__device__ __forceinline__ OwnedTile owned_tile(const Owners<T>& p, int64_t block) {
+  const int64_t others = int64_t{p.N} * p.M * p.channel_parts;
+  // Coarse levels have as many points as fine ones on fewer tiles: they start first.
+  const int32_t tile = p.tiles - 1 - static_cast<int32_t>(block / others);
+  int32_t rest = static_cast<int32_t>(block % others);
+  OwnedTile t;
+  t.part = rest % p.channel_parts;
+  rest /= p.channel_parts;
+  t.m = rest % p.M;
+  t.n = rest / p.M;
+  t.level = p.L - 1;
+  while (tile < p.levels[t.level].first_tile) --t.level;
+  const int32_t at = tile - p.levels[t.level].first_tile;
+  const int32_t across = divide_up(p.levels[t.level].width, kTile);
+  t.x = at % across * kTile;
+  t.y = at / across * kTile;
+  return t;
+}
+
+// Adds the listed points to the warp's sums, one after the other: eight lanes for each corner.
+template <typename T>
+__device__ __forceinline__ void add_found(
+    const Owners<T>& p, const OwnedTile& tile, const Found<Wide<T>>* list, int32_t count,
+    Pack<Wide<T>, kVector<Wide<T>>> (*sums)[8], int32_t lane) {
+  using A = Wide<T>;
+  constexpr int V = kVector<A>;
+  const int32_t corner = lane / 8, dx = corner & 1, dy = corner >> 1;
+  const int32_t d = tile.part * kOwnedChannels<A> + lane % 8 * V;
+  const T* grads = p.grad_output + (int64_t{tile.n} * p.Q * p.M + tile.m) * p.D + d;
+  constexpr int kAhead = 4;  // gradients that are on their way while others are added
+  for (int32_t first = 0; first < count; first += kAhead) {
+    Found<A> found[kAhead];
+    A grad[kAhead][V] = {};
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= count) continue;
+      found[i] = list[first + i];
+      const T* source = grads + int64_t{found[i].place >> 8} * p.M * p.D;
+      if (p.vectors) {
+        if (d < p.D) {
+          const auto pack = *reinterpret_cast<const Pack<T, V>*>(source);
+#pragma unroll
+          for (int v = 0; v < V; ++v) grad[i][v] = widen(pack.numbers[v]);
+        }
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          if (d + v < p.D) grad[i][v] = widen(source[v]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= count) continue;
+      // The sums of two points may be of the same token, but then by other lanes.
+      __syncwarp();
+      const int32_t x = static_cast<int32_t>(found[i].place & 15) - 1 + dx;
+      const int32_t y = static_cast<int32_t>(found[i].place >> 4 & 15) - 1 + dy;
+      if (static_cast<uint32_t>(x) >= kTile || static_cast<uint32_t>(y) >= kTile) continue;
+      const A across = dx ? found[i].right : 1 - found[i].right;
+      const A down = dy ? found[i].bottom : 1 - found[i].bottom;
+      const A share = found[i].weight * across * down;
+      auto& sum = sums[y * kTile + x][lane % 8];
+      auto before = sum;
+#pragma unroll
+      for (int v = 0; v < V; ++v) before.numbers[v] += share * grad[i][v];
+      sum = before;
+    }
+  }
+  __syncwarp();
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kOwners* kWarp) owners_kernel(
+    const __grid_constant__ Owners<T> p) {
+  using A = Wide<T>;
+  constexpr int V = kVector<A>;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  auto& shared = *reinterpret_cast<OwnersShared<A>*>(shared_memory);
+  const int32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const OwnedTile tile = owned_tile(p, blockIdx.x);
+  const int64_t list_of_points = (int64_t{tile.n} * p.M + tile.m) * p.L + tile.level;
+  const auto* boxes = reinterpret_cast<const Pack<A, 4>*>(p.boxes) + list_of_points * p.chunks();
+  const auto* placed = reinterpret_cast<const Pack<A, 2>*>(p.placed) + list_of_points * p.points();
+  const A* shares = p.shares + list_of_points * p.points();
+  const A left = A(tile.x - 1), top = A(tile.y - 1);
+  const A right = A(tile.x + kTile), bottom = A(tile.y + kTile);
+
+  for (int32_t i = lane; i < kTile * kTile * 8; i += kWarp)
+    shared.sums[warp][i / 8][i % 8] = Pack<A, V>{};
+  Found<A>* list = shared.list[warp];
+  int32_t count = 0;
+  for (int64_t group = warp; group * kWarp < p.chunks(); group += kOwners) {
+    const int64_t chunk = group * kWarp + lane;
+    bool meets = false;
+    if (chunk < p.chunks()) {
+      const auto box = boxes[chunk];
+      meets = box.numbers[2] > left && box.numbers[0] < right && box.numbers[3] > top &&
+              box.numbers[1] < bottom;
+    }
+    for (uint32_t chunks = __ballot_sync(kAll, meets); chunks != 0; chunks &= chunks - 1) {
+      const int64_t i = (group * kWarp + __ffs(static_cast<int>(chunks)) - 1) * kWarp + lane;
+      Pack<A, 2> at{};
+      bool touches = i < p.points();
+      if (touches) {
+        at = placed[i];
+        touches = at.numbers[0] > left && at.numbers[0] < right && at.numbers[1] > top &&
+                  at.numbers[1] < bottom;
+      }
+      const uint32_t found = __ballot_sync(kAll, touches);
+      if (touches) {
+        const A column = floor(at.numbers[0]), line = floor(at.numbers[1]);
+        const uint32_t query = static_cast<uint32_t>(i) / static_cast<uint32_t>(p.K);
+        list[count + __popc(found & ((1u << lane) - 1))] = {
+            at.numbers[0] - column, at.numbers[1] - line, shares[i],
+            static_cast<uint32_t>(static_cast<int32_t>(column) - tile.x + 1) |
+                static_cast<uint32_t>(static_cast<int32_t>(line) - tile.y + 1) << 4 |
+                query << 8};
+      }
+      count += __popc(found);
+      if (count < kWarp) continue;
+      __syncwarp();
+      add_found(p, tile, list, count, shared.sums[warp], lane);
+      count = 0;
+    }
+  }
+  __syncwarp();
+  add_found(p, tile, list, count, shared.sums[warp], lane);
+  __syncthreads();
+
+  const Level& level = p.levels[tile.level];
+  for (int32_t i = threadIdx.x; i < kTile * kTile * 8; i += kOwners * kWarp) {
+    const int32_t token = i / 8, x = tile.x + token % kTile, y = tile.y + token / kTile;
+    const int32_t d = tile.part * kOwnedChannels<A> + i % 8 * V;
+    if (x >= level.width || y >= level.height || d >= p.D) continue;
+    Pack<A, V> sum = shared.sums[0][token][i % 8];
+#pragma unroll
+    for (int other = 1; other < kOwners; ++other) {
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        sum.numbers[v] += shared.sums[other][token][i % 8].numbers[v];
+    }
+    T* target = p.grad_value +
+                ((int64_t{tile.n} * p.S + level.start + y * level.width + x) * p.M + tile.m) * p.D +
+                d;
+    if (p.vectors) {
+      Pack<T, V> narrowed;
+#pragma unroll
+      for (int v = 0; v < V; ++v) narrow(sum.numbers[v], narrowed.numbers[v]);
+      *reinterpret_cast<Pack<T, V>*>(target) = narrowed;
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (d + v < p.D) narrow(sum.numbers[v], target[v]);
+      }
+    }
+  }
+}
+
+}  // namespace cuda_ops
