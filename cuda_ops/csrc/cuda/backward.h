@@ -135,13 +135,17 @@ __device__ __forceinline__ void finish_reference(
   }
 }
 
+// Threads of a block, and blocks that an SM shall have room for: 16 sums, four corners and their
+// addresses take 85 registers.
+constexpr int kBackwardThreads = 256, kBackwardBlocks = 3;
+
 template <typename T, int C, int G>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(Wide<T>) == 8 ? 1 : 2) backward_kernel(
+__global__ void __launch_bounds__(kBackwardThreads, sizeof(Wide<T>) == 8 ? 2 : kBackwardBlocks) backward_kernel(
     const __grid_constant__ Attention<T> p) {
   using A = Wide<T>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const int32_t in_warp = threadIdx.x % kWarp, lane = in_warp % G;
-  const int32_t points = p.points_per_row(), token_stride = p.M * p.D;
+  const int32_t points = p.points_per_row();
   auto& shared = *reinterpret_cast<BackwardShared<A>*>(
       shared_memory + threadIdx.x / kWarp * BackwardShared<A>::bytes(points * (kWarp / G)));
   Kept<A>* kept = shared.kept() + in_warp / G * points;
@@ -149,7 +153,6 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(Wide<T>) == 8 ? 1 : 2) bac
   if (__ballot_sync(kAll, row.real) == 0) return;
   const int64_t index = row.index(p);
   const Softmax<A> softmax = softmax_of_row<T, G>(p, index, lane);
-  const T* head = p.value + int64_t{row.n} * p.S * token_stride + int64_t{row.m} * p.D;
 
   A mean = 0;  // of by_weight under the row's weights, this lane's part
 #pragma unroll 1
@@ -178,18 +181,15 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(Wide<T>) == 8 ? 1 : 2) bac
       A sums[kQuad][4] = {};
 #pragma unroll 1
       for (int32_t d = lane * C; d < round_up(p.D, G * C); d += G * C) {
-        // Lanes beyond the last channel read nothing.
         using Load = typename Loaded<T, C>::type;
-        const bool reads = d < p.D;
-        Load grad{};
-        if (reads) grad = *reinterpret_cast<const Load*>(p.grad_output + index * p.D + d);
+        const Tokens<T, C> tokens(p, row, d);
+        Load grad{};  // stays zero in lanes beyond the last channel
+        if (d < p.D) grad = *reinterpret_cast<const Load*>(p.grad_output + index * p.D + d);
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
           const auto spot = shared.spots[in_warp - lane + quad + j];
-          const uint32_t bits = static_cast<uint32_t>(spot.numbers[1]);
           Load corners[4];
-          load_corners<T, C>(
-              head + d, token_stride, spot.numbers[0], reads ? bits : bits & ~15u, corners);
+          tokens.load(spot.numbers[0], static_cast<uint32_t>(spot.numbers[1]), corners);
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
 #pragma unroll

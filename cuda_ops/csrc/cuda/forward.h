@@ -12,8 +12,11 @@ struct ForwardShared {
   Pack<int32_t, 2> spots[kWarp];
 };
 
+// Threads of a block, and blocks that an SM shall have room for.
+constexpr int kForwardThreads = 512, kForwardBlocks = 2;
+
 template <typename T, int C, int G>
-__global__ void __launch_bounds__(kMaxThreads, 2) forward_kernel(const __grid_constant__ Attention<T> p) {
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks) forward_kernel(const __grid_constant__ Attention<T> p) {
   using A = Wide<T>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   auto& shared = reinterpret_cast<ForwardShared<A>*>(shared_memory)[threadIdx.x / kWarp];
@@ -22,14 +25,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) forward_kernel(const __grid_co
   if (__ballot_sync(kAll, row.real) == 0) return;
   const int64_t index = row.index(p);
   const Softmax<A> softmax = softmax_of_row<T, G>(p, index, lane);
-  const int32_t points = p.points_per_row(), token_stride = p.M * p.D;
-  const T* head = p.value + int64_t{row.n} * p.S * token_stride + int64_t{row.m} * p.D;
+  const int32_t points = p.points_per_row();
 
 #pragma unroll 1
   for (int32_t first_channel = 0; first_channel < p.D; first_channel += G * C) {
     const int32_t d = first_channel + lane * C;
-    // Lanes beyond the last channel read no corner.
-    const uint32_t mine = d < p.D ? 15u : 0u;
+    const Tokens<T, C> tokens(p, row, d);
     A sums[C] = {};
 #pragma unroll 1
     for (int32_t first = 0; first < points; first += G) {
@@ -47,9 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) forward_kernel(const __grid_co
         const auto spot = shared.spots[in_warp - lane + i];
         const auto shares = shared.shares[in_warp - lane + i];
         typename Loaded<T, C>::type corners[4];
-        load_corners<T, C>(
-            head + d, token_stride, spot.numbers[0],
-            static_cast<uint32_t>(spot.numbers[1]) & (~15u | mine), corners);
+        tokens.load(spot.numbers[0], static_cast<uint32_t>(spot.numbers[1]), corners);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
 #pragma unroll
@@ -59,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) forward_kernel(const __grid_co
         fetch_no_further();
       }
     }
-    if (!row.real || mine == 0) continue;
+    if (!row.real || d >= p.D) continue;
     Pack<T, C> output;
 #pragma unroll
     for (int c = 0; c < C; ++c) narrow(sums[c], output.numbers[c]);

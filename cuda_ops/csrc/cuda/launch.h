@@ -16,10 +16,9 @@ struct Launch {
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Blocks of as many threads as shared memory has room for, up to kMaxThreads.
+// Blocks of as many threads as shared memory has room for, up to `threads`.
 template <typename T>
-Launch divide(Attention<T>& p, int lanes, int64_t bytes_of_warp) {
-  int threads = kMaxThreads;
+Launch divide(Attention<T>& p, int lanes, int threads, int64_t bytes_of_warp) {
   while (threads > lanes * kTileWidth && threads / kWarp * bytes_of_warp > kSharedBytes)
     threads /= 2;
   divide_rows(p, lanes, threads);
@@ -45,7 +44,7 @@ template <typename T, typename Run>
 void run_forward(Attention<T>& p, const Run& run) {
   with_layout(p, p.output, [&](auto channels, auto lanes) {
     constexpr int C = decltype(channels)::value, G = decltype(lanes)::value;
-    const Launch launch = divide(p, G, sizeof(ForwardShared<Wide<T>>));
+    const Launch launch = divide(p, G, kForwardThreads, sizeof(ForwardShared<Wide<T>>));
     if (launch.blocks > 0) run(forward_kernel<T, C, G>, launch, p);
   });
 }
@@ -57,20 +56,23 @@ void run_backward(Attention<T>& p, Owners<T>& owners, const Run& run) {
   with_layout(p, p.grad_output, [&](auto channels, auto lanes) {
     constexpr int C = decltype(channels)::value, G = decltype(lanes)::value;
     const int64_t points = int64_t{p.points_per_row()} * (kWarp / G);
-    const Launch launch = divide(p, G, BackwardShared<A>::bytes(points));
+    const Launch launch = divide(p, G, kBackwardThreads, BackwardShared<A>::bytes(points));
     if (launch.blocks > 0) run(backward_kernel<T, C, G>, launch, p);
   });
   owners.grad_output = p.grad_output;
   owners.placed = p.placed;
   owners.shares = p.shares;
-  owners.vectors =
-      p.D % kVector<A> == 0 && aligned(p.grad_output) && aligned(owners.grad_value);
   divide_tokens(owners);
   if (owners.blocks() == 0) return;
   const int64_t boxes = (owners.box_count() * kWarp + kBoxThreads - 1) / kBoxThreads;
   if (boxes > 0) run(box_kernel<T>, Launch{boxes, kBoxThreads, 0}, owners);
   static_assert(sizeof(OwnersShared<A>) <= kSharedBytes);
-  run(owners_kernel<T>, Launch{owners.blocks(), kOwners * kWarp, sizeof(OwnersShared<A>)}, owners);
+  const Launch launch{owners.blocks(), kOwners * kWarp, sizeof(OwnersShared<A>)};
+  if (p.D % kVector<A> == 0 && aligned(p.grad_output) && aligned(owners.grad_value)) {
+    run(owners_kernel<T, true>, launch, owners);
+  } else {
+    run(owners_kernel<T, false>, launch, owners);
+  }
 }
 
 }  // namespace cuda_ops

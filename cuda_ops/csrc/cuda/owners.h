@@ -10,7 +10,8 @@ namespace cuda_ops {
 
 constexpr int kTile = 8;     // tokens across and down
 constexpr int kOwners = 4;   // warps of a block
-constexpr int kList = 64;    // points that a warp has found and not yet added
+constexpr int kAhead = 4;    // gradients that are on their way while others are added
+constexpr int kList = 2 * kWarp;  // points that a warp has found and not yet added
 
 template <typename A>
 constexpr int kVector = 16 / static_cast<int>(sizeof(A));
@@ -29,7 +30,6 @@ struct Owners {
   A* boxes;              // [N, M, L, chunks, 4]: lowest x and y, highest x and y
   T* grad_value;         // [N, S, M, D]
   int32_t tiles, channel_parts;
-  bool vectors;  // 16-byte loads and stores are possible
 
   __host__ __device__ int64_t points() const { return int64_t{Q} * K; }
   __host__ __device__ int64_t chunks() const { return (points() + kWarp - 1) / kWarp; }
@@ -77,13 +77,23 @@ __global__ void __launch_bounds__(kBoxThreads) box_kernel(const __grid_constant_
         {low.numbers[0], low.numbers[1], high.numbers[0], high.numbers[1]}};
 }
 
-// A point that touches the tile: its distances from the pixel left above of it, its weight, that
-// pixel's column and line in the tile plus one (0 to 8), and the query, shifted by eight.
+// A point that touches the tile: its distances from the pixel left above of it, its weight, and
+// where that pixel lies in the tile. `place` holds its column plus 8 in bits 0 to 4, its line plus
+// 8 in bits 5 to 9, and the query above. The columns of a point's corners are -1 to 8, so that one
+// is in the tile where, of bits 3 and 4, only the lower is set; lines likewise.
 template <typename A>
 struct alignas(16) Found {
   A right, bottom, weight;
   uint32_t place;
 };
+
+__device__ __forceinline__ uint32_t place_of(int32_t column, int32_t line, uint32_t query) {
+  return static_cast<uint32_t>(column + 8) | static_cast<uint32_t>(line + 8) << 5 | query << 10;
+}
+__device__ __forceinline__ bool in_tile(uint32_t place) { return (place & 0x318) == 0x108; }
+__device__ __forceinline__ uint32_t token_of(uint32_t place) {
+  return (place & 7) | (place >> 2 & 0x38);
+}
 
 template <typename A>
 struct OwnersShared {
@@ -115,60 +125,57 @@ __device__ __forceinline__ OwnedTile owned_tile(const Owners<T>& p, int64_t bloc
   return t;
 }
 
-// Adds the listed points to the warp's sums, one after the other: eight lanes for each corner.
-template <typename T>
+// Adds the listed points to the warp's sums, one after the other: eight lanes for each corner,
+// each for its own channels. `grads` points to the lane's channels of query 0, `sums` to those of
+// the warp's first token.
+template <typename T, bool vectors>
 __device__ __forceinline__ void add_found(
-    const Owners<T>& p, const OwnedTile& tile, const Found<Wide<T>>* list, int32_t count,
-    Pack<Wide<T>, kVector<Wide<T>>> (*sums)[8], int32_t lane) {
+    const char* grads, int32_t query_bytes, int32_t channels, Found<Wide<T>>* list, int32_t count,
+    Pack<Wide<T>, kVector<Wide<T>>>* sums, int32_t lane) {
   using A = Wide<T>;
   constexpr int V = kVector<A>;
   const int32_t corner = lane / 8, dx = corner & 1, dy = corner >> 1;
-  const int32_t d = tile.part * kOwnedChannels<A> + lane % 8 * V;
-  const T* grads = p.grad_output + (int64_t{tile.n} * p.Q * p.M + tile.m) * p.D + d;
-  constexpr int kAhead = 4;  // gradients that are on their way while others are added
+  // A corner's share across is x or 1 - x, and down y or 1 - y.
+  const A sign_x = A(2 * dx - 1), sign_y = A(2 * dy - 1), base_x = A(1 - dx), base_y = A(1 - dy);
+  // Points that touch nothing fill the last group.
+  if (lane < kAhead - 1 && count + lane < kList) list[count + lane] = {0, 0, 0, 0};
+  __syncwarp();
+#pragma unroll 1
   for (int32_t first = 0; first < count; first += kAhead) {
     Found<A> found[kAhead];
-    A grad[kAhead][V] = {};
+    Pack<T, V> grad[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (first + i >= count) continue;
       found[i] = list[first + i];
-      const T* source = grads + int64_t{found[i].place >> 8} * p.M * p.D;
-      if (p.vectors) {
-        if (d < p.D) {
-          const auto pack = *reinterpret_cast<const Pack<T, V>*>(source);
-#pragma unroll
-          for (int v = 0; v < V; ++v) grad[i][v] = widen(pack.numbers[v]);
-        }
+      const auto* source = reinterpret_cast<const T*>(
+          grads + int64_t{static_cast<int32_t>(found[i].place >> 10)} * query_bytes);
+      if constexpr (vectors) {
+        grad[i] = *reinterpret_cast<const Pack<T, V>*>(source);
       } else {
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          if (d + v < p.D) grad[i][v] = widen(source[v]);
-        }
+        for (int v = 0; v < V; ++v) grad[i].numbers[v] = source[v < channels ? v : 0];
       }
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (first + i >= count) continue;
-      // The sums of two points may be of the same token, but then by other lanes.
+      // What the point before brought to the same token came by other lanes.
       __syncwarp();
-      const int32_t x = static_cast<int32_t>(found[i].place & 15) - 1 + dx;
-      const int32_t y = static_cast<int32_t>(found[i].place >> 4 & 15) - 1 + dy;
-      if (static_cast<uint32_t>(x) >= kTile || static_cast<uint32_t>(y) >= kTile) continue;
-      const A across = dx ? found[i].right : 1 - found[i].right;
-      const A down = dy ? found[i].bottom : 1 - found[i].bottom;
-      const A share = found[i].weight * across * down;
-      auto& sum = sums[y * kTile + x][lane % 8];
-      auto before = sum;
+      const uint32_t place = found[i].place + static_cast<uint32_t>(dx | dy << 5);
+      const A share = (base_x + sign_x * found[i].right) * found[i].weight *
+                      (base_y + sign_y * found[i].bottom);
+      if (in_tile(place)) {
+        auto& sum = sums[token_of(place) * 8];
+        auto before = sum;
 #pragma unroll
-      for (int v = 0; v < V; ++v) before.numbers[v] += share * grad[i][v];
-      sum = before;
+        for (int v = 0; v < V; ++v) before.numbers[v] += share * widen(grad[i].numbers[v]);
+        sum = before;
+      }
     }
   }
   __syncwarp();
 }
 
-template <typename T>
+template <typename T, bool vectors>
 __global__ void __launch_bounds__(kOwners* kWarp) owners_kernel(
     const __grid_constant__ Owners<T> p) {
   using A = Wide<T>;
@@ -183,10 +190,18 @@ __global__ void __launch_bounds__(kOwners* kWarp) owners_kernel(
   const A* shares = p.shares + list_of_points * p.points();
   const A left = A(tile.x - 1), top = A(tile.y - 1);
   const A right = A(tile.x + kTile), bottom = A(tile.y + kTile);
+  // Lanes beyond the last channel add up those of the first; no one stores their sums.
+  const int32_t channel = tile.part * kOwnedChannels<A> + lane % 8 * V;
+  const int32_t channels = channel < p.D ? p.D - channel : 1;
+  const char* grads = opaque(reinterpret_cast<const char*>(
+      p.grad_output + (int64_t{tile.n} * p.Q * p.M + tile.m) * p.D +
+      (channel < p.D ? channel : 0)));
+  const int32_t query_bytes = p.M * p.D * static_cast<int32_t>(sizeof(T));
 
   for (int32_t i = lane; i < kTile * kTile * 8; i += kWarp)
     shared.sums[warp][i / 8][i % 8] = Pack<A, V>{};
   Found<A>* list = shared.list[warp];
+  Pack<A, V>* sums = &shared.sums[warp][0][lane % 8];
   int32_t count = 0;
   for (int64_t group = warp; group * kWarp < p.chunks(); group += kOwners) {
     const int64_t chunk = group * kWarp + lane;
@@ -208,22 +223,19 @@ __global__ void __launch_bounds__(kOwners* kWarp) owners_kernel(
       const uint32_t found = __ballot_sync(kAll, touches);
       if (touches) {
         const A column = floor(at.numbers[0]), line = floor(at.numbers[1]);
-        const uint32_t query = static_cast<uint32_t>(i) / static_cast<uint32_t>(p.K);
         list[count + __popc(found & ((1u << lane) - 1))] = {
             at.numbers[0] - column, at.numbers[1] - line, shares[i],
-            static_cast<uint32_t>(static_cast<int32_t>(column) - tile.x + 1) |
-                static_cast<uint32_t>(static_cast<int32_t>(line) - tile.y + 1) << 4 |
-                query << 8};
+            place_of(
+                static_cast<int32_t>(column) - tile.x, static_cast<int32_t>(line) - tile.y,
+                static_cast<uint32_t>(i) / static_cast<uint32_t>(p.K))};
       }
       count += __popc(found);
-      if (count < kWarp) continue;
-      __syncwarp();
-      add_found(p, tile, list, count, shared.sums[warp], lane);
+      if (count <= kList - kWarp) continue;
+      add_found<T, vectors>(grads, query_bytes, channels, list, count, sums, lane);
       count = 0;
     }
   }
-  __syncwarp();
-  add_found(p, tile, list, count, shared.sums[warp], lane);
+  add_found<T, vectors>(grads, query_bytes, channels, list, count, sums, lane);
   __syncthreads();
 
   const Level& level = p.levels[tile.level];
@@ -241,7 +253,7 @@ __global__ void __launch_bounds__(kOwners* kWarp) owners_kernel(
     T* target = p.grad_value +
                 ((int64_t{tile.n} * p.S + level.start + y * level.width + x) * p.M + tile.m) * p.D +
                 d;
-    if (p.vectors) {
+    if constexpr (vectors) {
       Pack<T, V> narrowed;
 #pragma unroll
       for (int v = 0; v < V; ++v) narrow(sum.numbers[v], narrowed.numbers[v]);

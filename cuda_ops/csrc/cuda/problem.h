@@ -17,9 +17,8 @@ namespace cuda_ops {
 constexpr int kMaxLevels = 64;  // sizes travel in the kernels' parameters
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kMaxThreads = 512;         // of a block
 constexpr int kSharedBytes = 48 * 1024;  // what a block gets without asking
-constexpr int kMaxQueries = 1 << 24;     // an owner's record numbers queries in 24 bits
+constexpr int kMaxQueries = 1 << 22;     // an owner's list numbers queries in 22 bits
 
 template <typename T>
 struct WideOf {
@@ -91,6 +90,17 @@ __device__ __forceinline__ Wide<T> number(const uint4& loaded, int c) {
   }
 }
 
+// Hides where an address comes from, lest the compiler fold its parts into every later one: that
+// makes 64-bit multiplications of what is one multiply-add.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* address) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
 struct Level {
   int32_t height, width;
   int32_t start;       // first token
@@ -116,6 +126,8 @@ struct Attention {
   A* placed;             // [N, M, L, Q, K, 2]: pixels (x, y); NaN for a point that touches none
   A* shares;             // [N, M, L, Q, K]: attention weights
 
+  float levels_per_point;  // 1 / K
+
   // A block takes a tile of queries of some heads. Where queries are the tokens (Q = S, as in the
   // encoder) a tile is 8 wide and `lines` high, so that its points meet in the L1 cache; else it
   // is a run of queries.
@@ -138,6 +150,7 @@ __host__ __device__ constexpr int32_t round_up(int32_t x, int32_t to) {
 template <typename T>
 void divide_rows(Attention<T>& p, int lanes, int threads) {
   constexpr int kCacheLine = 128;
+  p.levels_per_point = 1.0f / static_cast<float>(p.K);
   const int rows = threads / lanes;
   const int64_t row_bytes = int64_t{p.D} * static_cast<int64_t>(sizeof(T));
   p.heads = 1;

@@ -103,6 +103,13 @@ struct Point {
   uint32_t spot;  // the level's width, shifted by four, and the bits of the corners
 };
 
+// i / K. The quotient is off by less than the half that keeps it from the next whole number, as
+// long as i < 2^21; shared memory has room for a thousandth of that.
+template <typename T>
+__device__ __forceinline__ int32_t level_of(const Attention<T>& p, int32_t i) {
+  return static_cast<int32_t>((static_cast<float>(i) + 0.5f) * p.levels_per_point);
+}
+
 template <typename T>
 __device__ __forceinline__ Point<Wide<T>> place(
     const Attention<T>& p, const Row& row, int64_t index, int32_t i,
@@ -111,7 +118,7 @@ __device__ __forceinline__ Point<Wide<T>> place(
   Point<A> point{};
   const int32_t points = p.points_per_row();
   if (i >= points) return point;
-  point.level = static_cast<int32_t>(static_cast<uint32_t>(i) / static_cast<uint32_t>(p.K));
+  point.level = level_of(p, i);
   const Level& level = p.levels[point.level];
   const A width = A(level.width), height = A(level.height);
   const int64_t at = index * points + i;
@@ -146,24 +153,34 @@ __device__ __forceinline__ Point<Wide<T>> place(
   return point;
 }
 
-// The four corners of a point, C channels of each; zeros outside of the image. `channels` points
-// to token 0.
+// Token 0 of a row's image and head at one lane's channels, and the token right of it.
 template <typename T, int C>
-__device__ __forceinline__ void load_corners(
-    const T* channels, int32_t token_stride, int32_t token, uint32_t spot,
-    typename Loaded<T, C>::type (&corners)[4]) {
+struct Tokens {
   using Load = typename Loaded<T, C>::type;
-  const int32_t tokens[4] = {
-      token, token + 1, token + static_cast<int32_t>(spot >> 4),
-      token + static_cast<int32_t>(spot >> 4) + 1};
-#pragma unroll
-  for (int corner = 0; corner < 4; ++corner) {
-    corners[corner] = Load{};
-    if (spot >> corner & 1)
-      corners[corner] = *reinterpret_cast<const Load*>(
-          channels + int64_t{tokens[corner]} * token_stride);
+  const char *left, *right;
+  int32_t stride;  // bytes
+
+  // Lanes beyond the last channel read the first ones, and nothing comes of it.
+  __device__ __forceinline__ Tokens(const Attention<T>& p, const Row& row, int32_t d)
+      : stride(p.M * p.D * static_cast<int32_t>(sizeof(T))) {
+    const T* head = p.value + (int64_t{row.n} * p.S * p.M + row.m) * p.D + (d < p.D ? d : 0);
+    left = opaque(reinterpret_cast<const char*>(head));
+    right = opaque(left + stride);
   }
-}
+
+  // The four corners of a point; zeros outside of the image.
+  __device__ __forceinline__ void load(int32_t token, uint32_t spot, Load (&corners)[4]) const {
+    const int32_t below = token + static_cast<int32_t>(spot >> 4);
+    const char* const addresses[4] = {
+        left + int64_t{token} * stride, right + int64_t{token} * stride,
+        left + int64_t{below} * stride, right + int64_t{below} * stride};
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      corners[corner] = Load{};
+      if (spot >> corner & 1) corners[corner] = *reinterpret_cast<const Load*>(addresses[corner]);
+    }
+  }
+};
 
 // Keeps the compiler from fetching the corners of all points at once, for which the registers
 // would not do: other warps hide what one waits for.
