@@ -28,7 +28,7 @@ void set_sizes(Problem& p, const Sizes& z, const Shapes& shapes) {
   p.Q = small("Q", z.Q, kMaxQueries - 1);
   p.L = small("L", z.L, kMaxLevels);
   small("M * D * 8", z.M * z.D * 8);  // bytes of the widest type
-  small("Q * K", z.Q * z.K);
+  small("Q * K", z.Q * z.K, std::numeric_limits<int32_t>::max() - kWarp);
   p.M = static_cast<int32_t>(z.M);
   p.D = static_cast<int32_t>(z.D);
   p.K = static_cast<int32_t>(z.K);

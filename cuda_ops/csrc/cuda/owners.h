@@ -19,6 +19,21 @@ constexpr int kVector = 16 / static_cast<int>(sizeof(A));
 template <typename A>
 constexpr int kOwnedChannels = 8 * kVector<A>;
 
+// Division of numbers below 2^31 by one that is known before the launch (Granlund and Montgomery,
+// 1994): i / d = (i * multiplier / 2^32 + i) / 2^shift.
+struct Divisor {
+  uint32_t multiplier, shift;
+};
+inline Divisor divisor(uint32_t d) {
+  uint32_t shift = 0;
+  while ((uint64_t{1} << shift) < d) ++shift;
+  const uint64_t excess = (uint64_t{1} << shift) - d;
+  return {static_cast<uint32_t>((excess << 32) / d + 1), shift};
+}
+__device__ __forceinline__ uint32_t quotient(uint32_t i, Divisor d) {
+  return (__umulhi(i, d.multiplier) + i) >> d.shift;
+}
+
 template <typename T>
 struct Owners {
   using A = Wide<T>;
@@ -30,15 +45,17 @@ struct Owners {
   A* boxes;              // [N, M, L, chunks, 4]: lowest x and y, highest x and y
   T* grad_value;         // [N, S, M, D]
   int32_t tiles, channel_parts;
+  Divisor by_points;  // i / K
 
-  __host__ __device__ int64_t points() const { return int64_t{Q} * K; }
-  __host__ __device__ int64_t chunks() const { return (points() + kWarp - 1) / kWarp; }
+  __host__ __device__ int32_t points() const { return Q * K; }
+  __host__ __device__ int32_t chunks() const { return divide_up(points(), kWarp); }
   __host__ __device__ int64_t box_count() const { return int64_t{N} * M * L * chunks(); }
   __host__ __device__ int64_t blocks() const { return int64_t{N} * M * channel_parts * tiles; }
 };
 
 template <typename T>
 void divide_tokens(Owners<T>& p) {
+  p.by_points = divisor(static_cast<uint32_t>(p.K));
   p.tiles = 0;
   for (int32_t l = 0; l < p.L; ++l) {
     p.levels[l].first_tile = p.tiles;
@@ -56,11 +73,11 @@ __global__ void __launch_bounds__(kBoxThreads) box_kernel(const __grid_constant_
   using A = Wide<T>;
   const int64_t box = (int64_t{blockIdx.x} * kBoxThreads + threadIdx.x) / kWarp;
   if (box >= p.box_count()) return;
-  const int64_t i = box % p.chunks() * kWarp + threadIdx.x % kWarp;
+  const int32_t i = static_cast<int32_t>(box % p.chunks()) * kWarp + threadIdx.x % kWarp;
   const A nothing = static_cast<A>(nanf(""));
   Pack<A, 2> low{{nothing, nothing}};
   if (i < p.points())
-    low = reinterpret_cast<const Pack<A, 2>*>(p.placed)[box / p.chunks() * p.points() + i];
+    low = reinterpret_cast<const Pack<A, 2>*>(p.placed)[box / p.chunks() * int64_t{p.points()} + i];
   Pack<A, 2> high = low;
 #pragma unroll
   for (int other = kWarp / 2; other > 0; other /= 2) {
@@ -203,8 +220,8 @@ __global__ void __launch_bounds__(kOwners* kWarp) owners_kernel(
   Found<A>* list = shared.list[warp];
   Pack<A, V>* sums = &shared.sums[warp][0][lane % 8];
   int32_t count = 0;
-  for (int64_t group = warp; group * kWarp < p.chunks(); group += kOwners) {
-    const int64_t chunk = group * kWarp + lane;
+  for (int32_t group = warp; group * kWarp < p.chunks(); group += kOwners) {
+    const int32_t chunk = group * kWarp + lane;
     bool meets = false;
     if (chunk < p.chunks()) {
       const auto box = boxes[chunk];
@@ -212,7 +229,7 @@ __global__ void __launch_bounds__(kOwners* kWarp) owners_kernel(
               box.numbers[1] < bottom;
     }
     for (uint32_t chunks = __ballot_sync(kAll, meets); chunks != 0; chunks &= chunks - 1) {
-      const int64_t i = (group * kWarp + __ffs(static_cast<int>(chunks)) - 1) * kWarp + lane;
+      const int32_t i = (group * kWarp + __ffs(static_cast<int>(chunks)) - 1) * kWarp + lane;
       Pack<A, 2> at{};
       bool touches = i < p.points();
       if (touches) {
@@ -227,7 +244,7 @@ __global__ void __launch_bounds__(kOwners* kWarp) owners_kernel(
             at.numbers[0] - column, at.numbers[1] - line, shares[i],
             place_of(
                 static_cast<int32_t>(column) - tile.x, static_cast<int32_t>(line) - tile.y,
-                static_cast<uint32_t>(i) / static_cast<uint32_t>(p.K))};
+                quotient(static_cast<uint32_t>(i), p.by_points))};
       }
       count += __popc(found);
       if (count <= kList - kWarp) continue;
