@@ -6,6 +6,8 @@
 #include "forward.h"
 #include "owners.h"
 
+#include <algorithm>
+
 namespace cuda_ops {
 
 struct Launch {
@@ -16,9 +18,11 @@ struct Launch {
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Blocks of as many threads as shared memory has room for, up to `threads`.
+// Blocks of as many threads as shared memory has room for, up to `threads`. Queries that are not
+// the tokens, as a decoder's, share no tile: small blocks spread the few that there are.
 template <typename T>
 Launch divide(Attention<T>& p, int lanes, int threads, int64_t bytes_of_warp) {
+  if (p.Q != p.S) threads = std::min(threads, 128);
   while (threads > lanes * kTileWidth && threads / kWarp * bytes_of_warp > kSharedBytes)
     threads /= 2;
   divide_rows(p, lanes, threads);
