@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
+from cuda_ops.ops import modulated_deform_conv2d
 from model.config import ModelConfig
 from model.precision import FullPrecisionGroupNorm, full_precision
 
@@ -42,20 +43,58 @@ class FrozenNormConv2d(nn.Conv2d):
         return self._conv_forward(x, weight.to(x.dtype), shift.to(x.dtype))
 
 
-class ResNet(nn.Module):
-    """torchvision's ResNet with frozen batch norm; stem and first stage are not trained.
+class DeformableNormConv2d(FrozenNormConv2d):
+    """A modulated deformable convolution (DCNv2, arXiv:1811.11168) and the frozen norm after it.
 
-    `multi_level` gives C3-C5 at strides 8, 16, 32, else C5 alone; `dilation` makes C5 stride 16.
+    One deformable group; offsets and masks come from a convolution of the same geometry that
+    starts at zero, that is as a plain convolution of half the strength.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+        super().__init__(conv, norm)
+        self.taps = conv.weight.shape[-2] * conv.weight.shape[-1]
+        self.offsets = nn.Conv2d(
+            conv.in_channels,
+            3 * self.taps,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+        )
+        nn.init.zeros_(self.offsets.weight)
+        assert self.offsets.bias is not None
+        nn.init.zeros_(self.offsets.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        offset, mask = self.offsets(x).split((2 * self.taps, self.taps), dim=1)
+        return modulated_deform_conv2d(
+            x,
+            offset,
+            mask.sigmoid(),
+            weight,
+            bias,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+        )
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet or ResNeXt with frozen batch norm; stem and first stage not trained.
+
+    `multi_level` gives C3-C5 at strides 8, 16, 32, else C5 alone; `dilation` makes C5 stride 16;
+    a name that ends in `_dcn` has deformable 3x3 convolutions in C3-C5.
     """
 
     def __init__(self, name: str, dilation: bool, multi_level: bool) -> None:
         super().__init__()
+        name, deformable = name.removesuffix("_dcn"), name.endswith("_dcn")
         net = getattr(torchvision.models, name)(
             weights=None,
             norm_layer=FrozenBatchNorm2d,
             replace_stride_with_dilation=[False, False, dilation],
         )
-        _fold_norms(net)
+        _fold_norms(net, deformable)
         self.conv1, self.relu, self.maxpool = net.conv1, net.relu, net.maxpool
         self.layer1, self.layer2 = net.layer1, net.layer2
         self.layer3, self.layer4 = net.layer3, net.layer4
@@ -132,13 +171,17 @@ def _group_norm(channels: int) -> nn.Module:
     return _GroupNorm(8, channels)
 
 
-def _fold_norms(net: nn.Module) -> None:
-    """Replace every (convolution, frozen norm) of a torchvision ResNet by one module."""
-    for block in list(net.modules()):
+def _fold_norms(net: nn.Module, deformable: bool) -> None:
+    """Replace every (convolution, frozen norm) of a torchvision ResNet by one module; with
+    `deformable`, the 3x3 ones of the last three stages by deformable convolutions."""
+    for name, block in list(net.named_modules()):
+        stage = name.partition(".")[0]
         for index in (1, 2, 3):
             if hasattr(block, f"bn{index}"):
                 conv, norm = getattr(block, f"conv{index}"), getattr(block, f"bn{index}")
-                setattr(block, f"conv{index}", FrozenNormConv2d(conv, norm))
+                deforms = deformable and index == 2 and stage in ("layer2", "layer3", "layer4")
+                fold = DeformableNormConv2d if deforms else FrozenNormConv2d
+                setattr(block, f"conv{index}", fold(conv, norm))
                 setattr(block, f"bn{index}", nn.Identity())
         shortcut = getattr(block, "downsample", None)
         if shortcut is not None:

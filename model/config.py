@@ -4,7 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-BackboneName = Literal["resnet50", "resnet101", "tiny"]
+BackboneName = Literal[
+    "resnet50",
+    "resnet101",
+    "resnext101_64x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d_dcn",
+    "tiny",
+]
+NeckName = Literal["plain", "fpn", "bifpn"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +27,17 @@ class ModelConfig:
     num_queries: int = 300
     """Detections per image before the top ones are taken; in two-stage the proposals kept."""
     backbone: BackboneName = "resnet50"
-    """`tiny` is a small network for training from scratch on a CPU."""
+    """`_dcn` has modulated deformable convolutions (DCNv2) for the 3x3 ones of stages C3 to C5;
+    `tiny` is a small network for training from scratch on a CPU."""
     dilation: bool = False
     """DC5: the last stage keeps stride 16 and dilates its convolutions instead."""
     num_levels: int = 4
     """Feature maps L. 1 is the last stage alone; from 3 on stages C3-C5, then stride-2 ones."""
+    neck: NeckName = "plain"
+    """What joins the maps before the encoder (Table 2): nothing, an FPN or a BiFPN."""
+    level_exchange: bool = True
+    """Multi-scale attention in the encoder (Table 2, "MS attention"). Without it a token attends
+    to its own level alone; queries of the decoder, which belong to no level, attend to all."""
     hidden_dim: int = 256
     num_heads: int = 8
     num_points: int = 4
@@ -70,6 +84,8 @@ class ModelConfig:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         names = get_args(BackboneName)
         _require(self, "backbone", self.backbone in names, f"one of {', '.join(names)}")
+        necks = get_args(NeckName)
+        _require(self, "neck", self.neck in necks, f"one of {', '.join(necks)}")
         _require(self, "num_levels", self.num_levels == 1 or self.num_levels >= 3, "1, or 3 and up")
         _require(
             self,
@@ -86,6 +102,11 @@ class ModelConfig:
                 _require(self, f"{term}_{name}", 0 <= value < math.inf, "a finite number >= 0")
         if self.dilation and self.backbone == "tiny":
             raise ValueError("dilation: got True with backbone tiny, expected a ResNet")
+        if self.num_levels == 1 and (self.neck != "plain" or not self.level_exchange):
+            raise ValueError(
+                f"neck, level_exchange: got {self.neck}, {self.level_exchange} with num_levels=1, "
+                "expected plain, True: one level has none to be joined with"
+            )
         if self.refines and not self.auxiliary_loss:
             raise ValueError(
                 "auxiliary_loss: got False with box refinement, expected True: "

@@ -20,7 +20,7 @@ from model.geometry import (
     valid_sizes,
 )
 from model.heads import Heads
-from model.neck import Neck
+from model.neck import build_neck
 from model.position import encode_cells
 from model.precision import FullPrecisionLinear
 from model.proposals import ProposalStage
@@ -39,7 +39,7 @@ class DeformableDETR(nn.Module):
         self.config = config
         width = config.hidden_dim
         self.backbone = build_backbone(config)
-        self.neck = Neck(self.backbone.channels, config.num_levels, width)
+        self.neck = build_neck(config, self.backbone.channels)
         self.neck.to(memory_format=torch.channels_last)
         self.level_embed = nn.Parameter(torch.randn(config.num_levels, width))
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))

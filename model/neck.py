@@ -1,7 +1,16 @@
-"""The neck: backbone maps to L maps of one width (paper A.2)."""
+"""The neck: backbone maps to L maps of one width (paper A.2), and what may join them (Table 2).
 
+N batch, L levels, C model width, (H_l, W_l) cells of level l, the finest first.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
 
+from model.config import ModelConfig
 from model.precision import FullPrecisionGroupNorm
 
 
@@ -36,3 +45,73 @@ class Neck(nn.Module):
             x = level(x)
             maps.append(x)
         return maps
+
+
+class FPN(nn.Module):
+    """Feature pyramid network (arXiv:1612.03144), torchvision's: a lateral 1x1 convolution for
+    each map, the coarser sum added to the finer, and a 3x3 convolution on each sum."""
+
+    def __init__(self, num_levels: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.pyramid = FeaturePyramidNetwork([hidden_dim] * num_levels, hidden_dim)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return list(self.pyramid(OrderedDict((str(i), x) for i, x in enumerate(maps))).values())
+
+
+class BiFPN(nn.Module):
+    """One bidirectional pyramid with learned fusion (EfficientDet, arXiv:1911.09070, section 3).
+
+    From coarse to fine, then back; each node is a weighted mean of its inputs (fast normalised
+    fusion), swish, and a depthwise-separable 3x3 convolution with a group norm.
+    """
+
+    def __init__(self, num_levels: int, hidden_dim: int) -> None:
+        super().__init__()
+        inner = num_levels - 2  # levels that a map reaches on both ways
+        self.down = nn.ModuleList(_Fusion(2, hidden_dim) for _ in range(inner + 1))
+        self.up = nn.ModuleList(
+            _Fusion(3 if level < inner else 2, hidden_dim) for level in range(inner + 1)
+        )
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """L maps [N, C, H_l, W_l], each about half as large as the one before; the same shapes."""
+        middle = [maps[-1]]
+        for x, fuse in zip(reversed(maps[:-1]), self.down, strict=True):
+            middle.insert(0, fuse(x, F.interpolate(middle[0], size=x.shape[-2:])))
+        outputs = [middle[0]]
+        last = len(maps) - 1
+        for level, fuse in enumerate(self.up, start=1):
+            finer = F.adaptive_max_pool2d(outputs[-1], maps[level].shape[-2:])
+            inputs = [maps[level], finer] if level == last else [maps[level], middle[level], finer]
+            outputs.append(fuse(*inputs))
+        return outputs
+
+
+class _Fusion(nn.Module):
+    """A node of the BiFPN: inputs of one shape [N, C, H, W] to one map of it."""
+
+    def __init__(self, inputs: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(inputs))
+        self.depthwise = nn.Conv2d(
+            hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=False
+        )
+        self.pointwise = nn.Conv2d(hidden_dim, hidden_dim, 1, bias=False)
+        self.norm = FullPrecisionGroupNorm(32, hidden_dim)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        weights = self.weights.relu()
+        weights = weights / (weights.sum() + 1e-4)
+        mean = sum(weight * x for weight, x in zip(weights, inputs, strict=True))
+        assert isinstance(mean, Tensor)
+        return self.norm(self.pointwise(self.depthwise(F.silu(mean))))
+
+
+def build_neck(config: ModelConfig, channels: list[int]) -> nn.Module:
+    """The neck that `config` names, for backbone maps of `channels` channels."""
+    levels, width = config.num_levels, config.hidden_dim
+    plain = Neck(channels, levels, width)
+    if config.neck == "plain":
+        return plain
+    return nn.Sequential(plain, (FPN if config.neck == "fpn" else BiFPN)(levels, width))

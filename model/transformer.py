@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from model.attention import DeformableAttention, SelfAttention
@@ -27,11 +28,15 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Every token attends to points around itself on all levels; then a feed-forward."""
+    """Every token attends to points around itself, on all levels or (`level_exchange` off) on its
+    own; then a feed-forward."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention = _deformable_attention(config)
+        self.level_exchange = config.level_exchange
+        self.attention = _deformable_attention(
+            config, config.num_levels if config.level_exchange else 1
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.feedforward = FeedForward(config.hidden_dim, config.feedforward_dim, config.dropout)
@@ -45,8 +50,37 @@ class EncoderLayer(nn.Module):
         padding: Tensor,
     ) -> Tensor:
         """tokens, position [N, S, C]; references [N, S, L, 2]; padding [N, S]. Gives [N, S, C]."""
-        attended = self.attention(tokens + position, references, tokens, shapes, padding)
+        queries = tokens + position
+        if self.level_exchange:
+            attended = self.attention(queries, references, tokens, shapes, padding)
+        else:
+            attended = self._each_level(queries, references, tokens, shapes, padding)
         return self.feedforward(self.norm(tokens + self.dropout(attended)))
+
+    def _each_level(
+        self,
+        queries: Tensor,
+        references: Tensor,
+        tokens: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        padding: Tensor,
+    ) -> Tensor:
+        """The attention with shared weights on each level alone."""
+        sizes = [height * width for height, width in shapes]
+        parts = zip(
+            queries.split(sizes, 1),
+            references.split(sizes, 1),
+            tokens.split(sizes, 1),
+            padding.split(sizes, 1),
+            strict=True,
+        )
+        return torch.cat(
+            [
+                self.attention(q, r[:, :, level : level + 1], t, [shapes[level]], p)
+                for level, (q, r, t, p) in enumerate(parts)
+            ],
+            dim=1,
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -57,7 +91,7 @@ class DecoderLayer(nn.Module):
         self.self_attention = SelfAttention(config.hidden_dim, config.num_heads, config.dropout)
         self.self_dropout = nn.Dropout(config.dropout)
         self.self_norm = nn.LayerNorm(config.hidden_dim)
-        self.cross_attention = _deformable_attention(config)
+        self.cross_attention = _deformable_attention(config, config.num_levels)
         self.cross_dropout = nn.Dropout(config.dropout)
         self.cross_norm = nn.LayerNorm(config.hidden_dim)
         self.feedforward = FeedForward(config.hidden_dim, config.feedforward_dim, config.dropout)
@@ -80,7 +114,5 @@ class DecoderLayer(nn.Module):
         return self.feedforward(content)
 
 
-def _deformable_attention(config: ModelConfig) -> DeformableAttention:
-    return DeformableAttention(
-        config.hidden_dim, config.num_heads, config.num_levels, config.num_points
-    )
+def _deformable_attention(config: ModelConfig, levels: int) -> DeformableAttention:
+    return DeformableAttention(config.hidden_dim, config.num_heads, levels, config.num_points)

@@ -77,9 +77,10 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> None:
-    """Load ImageNet weights, a torchvision ResNet's state dict, into `model.backbone`.
+    """Load ImageNet weights, a torchvision ResNet's or ResNeXt's state dict, into `model.backbone`.
 
-    The classifier `fc` and batch counters are left out; otherwise as strict as `load_official`.
+    The classifier `fc` and batch counters are left out, and the offsets of deformable convolutions,
+    which no such file has, stay as they are; otherwise as strict as `load_official`.
     """
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, ResNet):
@@ -89,7 +90,9 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
         for name, value in read_state_dict(path).items()
         if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
     }
-    sources = {key: _rename(key, _TORCHVISION) for key in backbone.state_dict()}
+    sources = {
+        key: _rename(key, _TORCHVISION) for key in backbone.state_dict() if ".offsets." not in key
+    }
     _compare_keys(state_dict.keys(), set(sources.values()))
     _copy_into(backbone, {key: state_dict[name] for key, name in sources.items()})
 
@@ -151,6 +154,7 @@ def _compare_keys(got: Iterable[str], expected: set[str]) -> None:
 
 
 def _copy_into(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Into those entries of the module that `values` names."""
     own = module.state_dict()
     wrong = [
         f"{key}: got {tuple(value.shape)}, expected {tuple(own[key].shape)}"
@@ -159,4 +163,4 @@ def _copy_into(module: nn.Module, values: dict[str, Tensor]) -> None:
     ]
     if wrong:
         raise ValueError(f"state dict: shapes differ: {'; '.join(wrong)}")
-    module.load_state_dict(values)
+    module.load_state_dict({**own, **values})

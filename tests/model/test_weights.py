@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from model.backbone import DeformableNormConv2d
 from model.config import ModelConfig
 from model.detr import DeformableDETR
 from model.weights import load_backbone, load_official, read_state_dict
@@ -212,21 +213,27 @@ def test_a_model_without_published_weights_is_refused() -> None:
         load_backbone(tiny, "weights.pth")
 
 
-@pytest.mark.parametrize("name", ["base", "single_scale", "single_scale_dc5"])
-def test_a_loaded_backbone_computes_what_torchvision_does(name: str, tmp_path: Path) -> None:
+BACKBONES: list[tuple[str, dict[str, Any]]] = [
+    ("resnet50", {}),
+    ("resnet50", {"num_levels": 1}),
+    ("resnet50", {"num_levels": 1, "dilation": True}),
+    ("resnet101", {}),
+    ("resnext101_64x4d", {}),
+    ("resnext101_32x8d", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), BACKBONES)
+def test_a_loaded_backbone_computes_what_torchvision_does(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     """Also the proof that folding the frozen norm into its convolution changes nothing."""
-    torch.manual_seed(2)
-    dilation = [False, False, name == "single_scale_dc5"]
-    net = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=dilation).eval()
-    with torch.no_grad():
-        for buffer_name, buffer in net.named_buffers():
-            if "running" in buffer_name:
-                buffer.uniform_(0.5, 1.5)
-    torch.save(net.state_dict(), tmp_path / "resnet50.pth")
-    model, _ = case(name)
-    load_backbone(model, tmp_path / "resnet50.pth")
+    net = random_torchvision(name, "dilation" in changes)
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    model = DeformableDETR(ModelConfig(**(SMALL | changes), backbone=name))  # type: ignore[arg-type]
+    load_backbone(model, tmp_path / "weights.pth")
     model, net = model.double(), net.double()
-    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    images = torch.randn(1, 3, 32, 64, dtype=torch.float64)
     found = model.backbone(images)
     x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
     maps = []
@@ -235,6 +242,52 @@ def test_a_loaded_backbone_computes_what_torchvision_does(name: str, tmp_path: P
         maps.append(x)
     for got, expected in zip(found, maps[-len(found) :], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def random_torchvision(name: str, dilation: bool = False) -> Any:
+    torch.manual_seed(2)
+    net = getattr(torchvision.models, name)(
+        weights=None, replace_stride_with_dilation=[False, False, dilation]
+    ).eval()
+    with torch.no_grad():
+        for buffer_name, buffer in net.named_buffers():
+            if "running" in buffer_name:
+                buffer.uniform_(0.5, 1.5)
+    return net
+
+
+def test_a_deformable_backbone_takes_plain_weights(tmp_path: Path) -> None:
+    """With masks of one and no offsets it computes what the plain network does; with offsets, each
+    deformed convolution is torchvision's followed by the norm."""
+    net = random_torchvision("resnext101_64x4d")
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    model = DeformableDETR(ModelConfig(**SMALL, backbone="resnext101_64x4d_dcn"))
+    load_backbone(model, tmp_path / "weights.pth")
+    backbone, net = model.backbone.double(), net.double()
+    deformable = [m for m in backbone.modules() if isinstance(m, DeformableNormConv2d)]
+    assert len(deformable) == 4 + 23 + 3  # the blocks of C3, C4 and C5
+    with torch.no_grad():
+        for module in deformable:
+            module.offsets.bias[18:] = 50.0  # masks of sigmoid(50) = 1
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
+    for got, stage in zip(backbone(images), (net.layer2, net.layer3, net.layer4), strict=True):
+        x = stage(x)
+        torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-10)
+
+    block, module = net.layer2[0], backbone.layer2[0].conv2
+    with torch.no_grad():
+        module.offsets.weight.normal_(std=0.05)
+        module.offsets.bias.normal_()
+    x = torch.randn(1, 512, 9, 11, dtype=torch.float64)
+    numbers = module.offsets(x)
+    expected = block.bn2(
+        torchvision.ops.deform_conv2d(
+            x, numbers[:, :18], block.conv2.weight, stride=2, padding=1,
+            mask=numbers[:, 18:].sigmoid(),
+        )
+    )  # fmt: skip
+    torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-10)
 
 
 def test_a_backbone_of_another_depth_is_refused(tmp_path: Path) -> None:
