@@ -69,7 +69,7 @@ class DeformableAttention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among queries; positions enter queries and keys, not values."""
+    """Multi-head attention among queries or tokens; positions enter queries and keys alone."""
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -78,24 +78,57 @@ class SelfAttention(nn.Module):
         self.query_key_proj = nn.Linear(hidden_dim, 2 * hidden_dim)
         self.value_proj = nn.Linear(hidden_dim, hidden_dim)
         self.output_proj = nn.Linear(hidden_dim, hidden_dim)
-        # Xavier's bound for the three input projections as one matrix [3 C, C].
-        bound = math.sqrt(6 / (4 * hidden_dim))
-        nn.init.uniform_(self.query_key_proj.weight, -bound, bound)
-        nn.init.uniform_(self.value_proj.weight, -bound, bound)
-        nn.init.xavier_uniform_(self.output_proj.weight)
-        for layer in (self.query_key_proj, self.value_proj, self.output_proj):
-            nn.init.zeros_(layer.bias)
+        _initialise((self.query_key_proj, self.value_proj), self.output_proj)
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """x and position [N, Q, C] to [N, Q, C]."""
-        query, key = self._heads(self.query_key_proj(x + position)).chunk(2, dim=1)
-        value = self._heads(self.value_proj(x))
-        attended = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.output_proj(attended.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
+        """x and position [N, Q, C] to [N, Q, C]; padding [N, Q] bool, True where no one looks."""
+        query, key = self.query_key_proj(x + position).chunk(2, dim=-1)
+        attended = _attend(
+            query, key, self.value_proj(x), padding, self.num_heads,
+            self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return self.output_proj(attended)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """[N, Q, i C] to [N, i M, Q, D]."""
-        heads = self.num_heads * (x.shape[-1] // self.output_proj.in_features)
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries over all tokens."""
+
+    def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.key_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.value_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.output_proj = nn.Linear(hidden_dim, hidden_dim)
+        _initialise((self.query_proj, self.key_proj, self.value_proj), self.output_proj)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
+        """query [N, Q, C]; key, value [N, S, C]; padding [N, S] bool, True where no one looks."""
+        attended = _attend(
+            self.query_proj(query), self.key_proj(key), self.value_proj(value), padding,
+            self.num_heads, self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return self.output_proj(attended)
+
+
+def _initialise(inputs: Sequence[nn.Linear], output: nn.Linear) -> None:
+    """Xavier's rule, for the input projections that of one matrix [3 C, C]."""
+    width = output.in_features
+    bound = math.sqrt(6 / (4 * width))
+    for layer in inputs:
+        nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(layer.bias)
+    nn.init.xavier_uniform_(output.weight)
+    nn.init.zeros_(output.bias)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, heads: int, dropout: float
+) -> Tensor:
+    """Scaled dot-product attention of `heads` heads: [N, Q, C], [N, S, C], [N, S, C] to
+    [N, Q, C]; padding [N, S]."""
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    mask = None if padding is None else ~padding[:, None, None]
+    attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    return attended.transpose(1, 2).flatten(2)

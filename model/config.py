@@ -12,16 +12,21 @@ BackboneName = Literal[
     "resnext101_64x4d_dcn",
     "tiny",
 ]
+Architecture = Literal["deformable_detr", "detr"]
+Classification = Literal["focal", "softmax"]
 NeckName = Literal["plain", "fpn", "bifpn"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Deformable DETR and its loss; the defaults are the paper's ResNet-50 model (section 5).
+    """A detector and its loss; the defaults are the paper's ResNet-50 model (section 5).
 
     Raises `ValueError` for a value that no model can be built from.
     """
 
+    architecture: Architecture = "deformable_detr"
+    """`detr` is the baseline with dense attention over one map; fields that speak of levels,
+    points, references or stages do not concern it."""
     num_classes: int = 91
     """Columns of the classification head. COCO's own category ids end at 90, hence 91."""
     num_queries: int = 300
@@ -55,6 +60,10 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute the transformer layers in the backward pass: less memory, more time."""
 
+    classification: Classification = "focal"
+    """Sigmoid focal loss, or DETR's softmax cross entropy with a class for no object."""
+    no_object_weight: float = 0.1
+    """Weight of queries without an object in softmax classification."""
     focal_alpha: float = 0.25
     class_weight: float = 2.0
     bbox_weight: float = 5.0
@@ -82,6 +91,9 @@ class ModelConfig:
             "feedforward_dim",
         ):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name, values in (("architecture", Architecture), ("classification", Classification)):
+            choices = get_args(values)
+            _require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         names = get_args(BackboneName)
         _require(self, "backbone", self.backbone in names, f"one of {', '.join(names)}")
         necks = get_args(NeckName)
@@ -94,6 +106,8 @@ class ModelConfig:
             f"a multiple of 32 (group norm) and of num_heads={self.num_heads}",
         )
         _require(self, "dropout", 0 <= self.dropout < 1, "0 <= dropout < 1")
+        weight = self.no_object_weight
+        _require(self, "no_object_weight", 0 < weight <= 1, "0 < no_object_weight <= 1")
         _require(self, "focal_alpha", 0 <= self.focal_alpha <= 1, "0 <= focal_alpha <= 1")
         _require(self, "proposal_scale", 0 < self.proposal_scale < 1, "0 < proposal_scale < 1")
         for name in ("weight", "cost"):
@@ -102,6 +116,15 @@ class ModelConfig:
                 _require(self, f"{term}_{name}", 0 <= value < math.inf, "a finite number >= 0")
         if self.dilation and self.backbone == "tiny":
             raise ValueError("dilation: got True with backbone tiny, expected a ResNet")
+        dense = self.architecture == "detr"
+        if dense and (self.num_levels != 1 or self.refines):
+            raise ValueError(
+                f"architecture: got detr with num_levels={self.num_levels}, "
+                f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected 1, False, "
+                "False"
+            )
+        if self.classification == "softmax" and not dense:
+            raise ValueError("classification: got softmax with deformable_detr, expected focal")
         if self.num_levels == 1 and (self.neck != "plain" or not self.level_exchange):
             raise ValueError(
                 f"neck, level_exchange: got {self.neck}, {self.level_exchange} with num_levels=1, "

@@ -1,4 +1,4 @@
-"""The set prediction loss: focal classification, L1 and generalised IoU on matched pairs.
+"""The set prediction loss: classification, and L1 and generalised IoU of matched pairs.
 
 D decoder layers, N batch, Q queries, T boxes of the whole batch, P matched pairs.
 """
@@ -27,6 +27,8 @@ class Criterion(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # Rounded to float32, as the published criterion keeps it, in float64 models too.
+        self.no_object_weight = torch.tensor(config.no_object_weight).item()
         self.weights = {
             "loss_ce": config.class_weight,
             "loss_bbox": config.bbox_weight,
@@ -41,9 +43,9 @@ class Criterion(nn.Module):
         outputs: of the model. targets: for each image `labels` [n] int64 below `num_classes` and
         `boxes` [n, 4], normalised (cx, cy, w, h), n may be 0. num_boxes: what every loss is
         divided by, instead of `count_boxes(targets)`; give it to spread a batch over several
-        calls. Returns unweighted `loss_ce`, `loss_bbox`, `loss_giou` of the last layer, with
-        `_0`, ... of the layers before and `_enc` of the first stage, and `loss`, the weighted sum
-        of them all. The first stage is class agnostic: its labels are all 0. Raises ValueError
+        calls (a batch without any box counts as one with one). Returns unweighted `loss_ce`,
+        `loss_bbox`, `loss_giou` of the last layer, with `_0`, ... of the layers before and `_enc`
+        of the first stage, and `loss`, the weighted sum of them all. The first stage is class agnostic: its labels are all 0. Raises ValueError
         if there is not one target for each image, FloatingPointError if predictions are NaN.
         """
         last = full_precision(outputs["pred_boxes"])
@@ -51,13 +53,21 @@ class Criterion(nn.Module):
             raise ValueError(f"targets: got {len(targets)}, expected one for each of {len(last)}")
         truth = gather_truth(targets, last)
         if num_boxes is None:
-            num_boxes = count_boxes(targets, last.device)
+            boxes = count_boxes(targets, last.device).to(last)
+            num_boxes = boxes.clamp(min=1)
+        else:
+            boxes = num_boxes = num_boxes.to(last)
         groups = _layer_groups(outputs, truth)
         losses: dict[str, Tensor] = {}
         total = last.new_zeros(())
         for group, matches in zip(groups, match(groups, truth, self.config), strict=True):
+            normalizers = {
+                "loss_ce": self._class_normalizer(group, boxes, num_boxes),
+                "loss_bbox": num_boxes,
+                "loss_giou": num_boxes,
+            }
             for name, values in self._losses(group, matches, truth).items():
-                values = values / num_boxes
+                values = values / normalizers[name]
                 total = total + self.weights[name] * values.sum()
                 for suffix, value in zip(group.names, values.unbind(), strict=True):
                     losses[name + suffix] = value
@@ -69,20 +79,47 @@ class Criterion(nn.Module):
         layers = len(group.names)
         layer, query, target = matches
         image = truth.image[target]
-        logits = full_precision(group.logits)
-        matched = logits[layer, image, query, group.labels[target]]
         boxes, wanted = group.boxes[layer, image, query], truth.boxes[target]
-
-        # Every class of every query counts as a negative, then the matched ones are corrected.
-        alpha = self.config.focal_alpha
-        background = (1 - alpha) * _focal_term(logits).flatten(1).sum(1)
-        correction = alpha * _focal_term(-matched) - (1 - alpha) * _focal_term(matched)
         overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+
+        # Every query counts as one without an object, then the matched ones are corrected.
+        logits = full_precision(group.logits)
+        labels = group.labels[target]
+        softmax = self.config.classification == "softmax"
+        background, correction = (self._softmax_losses if softmax else self._focal_losses)(
+            logits, (layer, image, query), labels
+        )
         return {
-            "loss_ce": background + correction.view(layers, -1).sum(1),
+            "loss_ce": background.flatten(1).sum(1) + correction.view(layers, -1).sum(1),
             "loss_bbox": (boxes - wanted).abs().view(layers, -1).sum(1),
             "loss_giou": (1 - overlap).view(layers, -1).sum(1),
         }
+
+    def _focal_losses(
+        self, logits: Tensor, pairs: tuple[Tensor, Tensor, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of logits [D, N, Q, classes] without objects, and what each matched pair [P] adds."""
+        alpha = self.config.focal_alpha
+        matched = logits[*pairs, labels]
+        correction = alpha * _focal_term(-matched) - (1 - alpha) * _focal_term(matched)
+        return (1 - alpha) * _focal_term(logits), correction
+
+    def _softmax_losses(
+        self, logits: Tensor, pairs: tuple[Tensor, Tensor, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `_focal_losses`, of DETR's cross entropy; its last class is no object."""
+        background = self.no_object_weight * -logits.log_softmax(-1)[..., -1]
+        matched = -logits[pairs].log_softmax(-1)
+        given = matched.gather(1, labels[:, None])[:, 0]
+        return background, given - self.no_object_weight * matched[:, -1]
+
+    def _class_normalizer(self, group: Layers, boxes: Tensor, num_boxes: Tensor) -> Tensor:
+        """The number of boxes, or for softmax the sum of the queries' weights."""
+        if self.config.classification == "focal":
+            return num_boxes
+        weight = self.no_object_weight
+        _, images, queries, _ = group.logits.shape
+        return weight * images * queries + (1 - weight) * boxes
 
 
 def build_criterion(config: ModelConfig) -> nn.Module:
@@ -91,13 +128,13 @@ def build_criterion(config: ModelConfig) -> nn.Module:
 
 
 def count_boxes(targets: Targets, device: torch.device) -> Tensor:
-    """Mean number of boxes in a process's batch, over all processes, at least 1; a scalar."""
+    """Mean number of boxes in a process's batch, over all processes; a scalar."""
     total = sum(len(target["labels"]) for target in targets)
     count = torch.full((), total, dtype=torch.float32, device=device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
         count /= torch.distributed.get_world_size()
-    return count.clamp(min=1)
+    return count
 
 
 def gather_truth(targets: Targets, like: Tensor) -> Truth:

@@ -38,6 +38,26 @@ class BoxHead(nn.Module):
         return self.output(self.hidden(x))
 
 
+class DirectHeads(nn.Module):
+    """DETR's heads: one pair for all layers, and boxes that correct nothing.
+
+    Softmax classification has a column more, the last, for no object.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        softmax = config.classification == "softmax"
+        self.classes = nn.Linear(config.hidden_dim, config.num_classes + int(softmax))
+        if not softmax:
+            _start_at_prior(self.classes)
+        self.boxes = BoxHead(config.hidden_dim)
+        self.boxes.output.reset_parameters()
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """state [N, Q, C] to class logits [N, Q, classes] and boxes [N, Q, 4]."""
+        return self.classes(state), self.boxes(state).sigmoid()
+
+
 class Heads(nn.Module):
     """A class and a box head for each decoder layer, and for the first stage after them.
 
@@ -50,7 +70,7 @@ class Heads(nn.Module):
         copies = config.decoder_layers if config.refines else 1
         copies += int(config.two_stage)
         classes = nn.Linear(config.hidden_dim, config.num_classes)
-        nn.init.constant_(classes.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        _start_at_prior(classes)
         boxes = BoxHead(config.hidden_dim)
         self.classes = nn.ModuleList(copy.deepcopy(classes) for _ in range(copies))
         self.boxes = nn.ModuleList(copy.deepcopy(boxes) for _ in range(copies))
@@ -73,3 +93,8 @@ class Heads(nn.Module):
         else:
             change = change + base
         return self.classes[index](state), change.sigmoid()
+
+
+def _start_at_prior(classes: nn.Linear) -> None:
+    """Let every class start out as improbable as it is."""
+    nn.init.constant_(classes.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))

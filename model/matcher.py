@@ -1,4 +1,4 @@
-"""One-to-one matching of predictions and ground truth (DETR, section 3.1; focal class cost).
+"""One-to-one matching of predictions and ground truth (DETR, section 3.1).
 
 D decoder layers, N batch, Q queries, T boxes of the whole batch, P matched pairs.
 """
@@ -78,21 +78,23 @@ def match(groups: list[Layers], truth: Truth, config: ModelConfig) -> list[Match
 def matching_cost(group: Layers, truth: Truth, config: ModelConfig) -> Tensor:
     """Cost of giving each box to each query of its own image: [T, D, Q].
 
-    Classes by the difference of the focal terms, boxes by L1 distance and generalised IoU.
+    Classes by the difference of the focal terms, or for softmax by the probability; boxes by L1
+    distance and generalised IoU.
     """
     logits = full_precision(group.logits[:, truth.image, :, group.labels])
     boxes = group.boxes[:, truth.image].transpose(0, 1)
-    probability = logits.sigmoid()
-    positive = COST_ALPHA * (1 - probability) ** 2 * -(probability + 1e-8).log()
-    negative = (1 - COST_ALPHA) * probability**2 * -(1 - probability + 1e-8).log()
+    if config.classification == "softmax":
+        total = full_precision(group.logits).logsumexp(-1)[:, truth.image].transpose(0, 1)
+        classes = -(logits - total).exp()
+    else:
+        probability = logits.sigmoid()
+        positive = COST_ALPHA * (1 - probability) ** 2 * -(probability + 1e-8).log()
+        negative = (1 - COST_ALPHA) * probability**2 * -(1 - probability + 1e-8).log()
+        classes = positive - negative
     target = truth.boxes[:, None, None]
     distance = (boxes - target).abs().sum(-1)
     overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target))
-    return (
-        config.bbox_cost * distance
-        + config.class_cost * (positive - negative)
-        - config.giou_cost * overlap
-    )
+    return config.bbox_cost * distance + config.class_cost * classes - config.giou_cost * overlap
 
 
 def _assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from model.backbone import ResNet
 from model.config import ModelConfig
-from model.detr import DeformableDETR
+from model.deformable_detr import DeformableDETR
+from model.dense_detr import DenseDETR
 
 # Ours to the names of fundamentalvision/Deformable-DETR. All that match are applied, in order.
 _OFFICIAL = [
@@ -41,6 +42,29 @@ _OFFICIAL = [
     (r"^heads\.boxes\.(\d+)\.output\.", r"bbox_embed.\1.layers.2."),
 ]
 
+# Ours to the names of facebookresearch/detr.
+_OFFICIAL_DETR = [
+    (r"^backbone\.", "backbone.0.body."),
+    (r"^query_embed$", "query_embed.weight"),
+    (r"^(encoder|decoder)\.", r"transformer.\1.layers."),
+    (r"^decoder_norm\.", "transformer.decoder.norm."),
+    (r"(encoder\.layers\.\d+)\.attention\.", r"\1.self_attention."),
+    (r"(encoder\.layers\.\d+)\.norm\.", r"\1.norm1."),
+    (r"(encoder\.layers\.\d+)\.feedforward\.norm\.", r"\1.norm2."),
+    (r"(decoder\.layers\.\d+)\.feedforward\.norm\.", r"\1.norm3."),
+    (r"\.feedforward\.", "."),
+    (r"\.self_attention\.", ".self_attn."),
+    (r"\.cross_attention\.", ".multihead_attn."),
+    (r"attn\.(query|key|value|query_key)_proj\.", "attn.in_proj_"),
+    (r"attn\.output_proj\.", "attn.out_proj."),
+    (r"\.self_norm\.", ".norm1."),
+    (r"\.cross_norm\.", ".norm2."),
+    (r"^heads\.classes\.", "class_embed."),
+    (r"^heads\.boxes\.hidden\.0\.", "bbox_embed.layers.0."),
+    (r"^heads\.boxes\.hidden\.2\.", "bbox_embed.layers.1."),
+    (r"^heads\.boxes\.output\.", "bbox_embed.layers.2."),
+]
+
 # Ours to torchvision's, within the backbone.
 _TORCHVISION = [
     (r"(^|\.)conv(\d)\.norm\.", r"\1bn\2."),
@@ -50,15 +74,15 @@ _TORCHVISION = [
 
 
 def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a published Deformable DETR checkpoint's state dict (its `model` entry) into `model`.
+    """Load a published checkpoint's state dict (its `model` entry), of Deformable DETR or of DETR.
 
     Raises `ValueError` naming every key that is missing, unexpected or of another shape, or whose
     aliases (one head under several names) differ; the model is then left as it was.
     """
-    if not isinstance(model, DeformableDETR) or not isinstance(model.backbone, ResNet):
+    if not isinstance(model, DeformableDETR | DenseDETR) or not isinstance(model.backbone, ResNet):
         raise ValueError(
             "load_official: got a model without a published checkpoint, "
-            "expected a Deformable DETR with a ResNet backbone"
+            "expected a Deformable DETR or a DETR with a ResNet backbone"
         )
     sources = {key: _official_names(key, model.config) for key in model.state_dict()}
     _compare_keys(state_dict.keys(), {name for names in sources.values() for name in names})
@@ -71,7 +95,8 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                 )
     width = model.config.hidden_dim
     found = {
-        key: _rows_of_in_proj(key, state_dict[names[0]], width) for key, names in sources.items()
+        key: _rows_of_in_proj(key, names[0], state_dict[names[0]], width)
+        for key, names in sources.items()
     }
     _copy_into(model, found)
 
@@ -117,6 +142,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _official_names(key: str, config: ModelConfig) -> list[str]:
     """The published name of one of our keys, and the other names the same tensor has there."""
+    if config.architecture == "detr":
+        name = _rename(key, _OFFICIAL_DETR)
+        return [_rename(name, _TORCHVISION) if key.startswith("backbone.") else name]
     name = _rename(key, _OFFICIAL)
     if key.startswith("backbone."):
         return [_rename(name, _TORCHVISION)]
@@ -135,13 +163,17 @@ def _rename(key: str, rules: list[tuple[str, str]]) -> str:
     return key
 
 
-def _rows_of_in_proj(key: str, value: Tensor, width: int) -> Tensor:
-    """The published self-attention keeps query, key and value projections in one tensor."""
-    if ".self_attention.query_key_proj." in key:
-        return value[: 2 * width]
-    if ".self_attention.value_proj." in key:
-        return value[2 * width :]
-    return value
+def _rows_of_in_proj(key: str, name: str, value: Tensor, width: int) -> Tensor:
+    """Our part of `value`: published attentions keep all three input projections in one tensor."""
+    if "in_proj_" not in name:
+        return value
+    rows = {
+        "query_key": slice(0, 2 * width),
+        "query": slice(0, width),
+        "key": slice(width, 2 * width),
+        "value": slice(2 * width, 3 * width),
+    }
+    return value[rows[key.split(".")[-2].removesuffix("_proj")]]
 
 
 def _compare_keys(got: Iterable[str], expected: set[str]) -> None:

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
 from model.criterion import build_criterion
-from model.detr import DeformableDETR, build_model
+from model.deformable_detr import DeformableDETR
+from model.detr import build_model
 
 MakeConfig = Callable[..., ModelConfig]
 VARIANTS: list[dict[str, Any]] = [

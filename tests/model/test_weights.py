@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.backbone import DeformableNormConv2d
 from model.config import ModelConfig
-from model.detr import DeformableDETR
+from model.deformable_detr import DeformableDETR
 from model.weights import load_backbone, load_official, read_state_dict
 
 SMALL: dict[str, Any] = {
