@@ -45,8 +45,9 @@ class Criterion(nn.Module):
         divided by, instead of `count_boxes(targets)`; give it to spread a batch over several
         calls (a batch without any box counts as one with one). Returns unweighted `loss_ce`,
         `loss_bbox`, `loss_giou` of the last layer, with `_0`, ... of the layers before and `_enc`
-        of the first stage, and `loss`, the weighted sum of them all. The first stage is class agnostic: its labels are all 0. Raises ValueError
-        if there is not one target for each image, FloatingPointError if predictions are NaN.
+        of the first stage, and `loss`, the weighted sum of them all. The first stage is class
+        agnostic: its labels are all 0. Raises ValueError if there is not one target for each
+        image, FloatingPointError if predictions are NaN.
         """
         last = full_precision(outputs["pred_boxes"])
         if len(targets) != len(last):
