@@ -52,10 +52,10 @@ def main() -> int:
                 for builder, checkout in checkouts.items():
                     done = run(python, "-m", "cuda_ops", "check", "--device", "cpu", cwd=checkout)
                     failures += done.returncode != 0
-                    said = (done.stdout + done.stderr).strip().splitlines()
-                    print(f"{installed(python)}, built by {builder}: {said[-1]}", flush=True)
+                    last = done.stdout.strip().splitlines()[-1:] or ["no output"]
+                    print(f"{installed(python)}, built by {builder}: {last[0]}", flush=True)
                     if done.returncode != 0:
-                        print("\n".join(said), flush=True)
+                        print(done.stdout + done.stderr, flush=True)
     return 1 if failures else 0
 
 
