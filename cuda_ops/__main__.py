@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cuda_ops import registers
 from cuda_ops.build import BuildError, build
 
 
@@ -35,6 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--cpu-only", action="store_true", help="leave the CUDA library out")
     command.add_argument("--force", action="store_true", help="rebuild what is up to date")
+    command.add_argument(
+        "--report",
+        metavar="ARCHITECTURE",
+        help="compile the CUDA kernels for it (e.g. 90) and print their registers and spills",
+    )
     command.set_defaults(run=_build)
 
     command = _command(
@@ -91,6 +97,8 @@ def _build(options: argparse.Namespace) -> int:
         done = f"built in {built.seconds:.1f} s" if built.seconds else "up to date"
         print(f"{built.device}: {done}, for {', '.join(built.targets)}, by {built.compiler}")
         print(f"  {built.path}")
+    if options.report is not None:
+        print(registers.table(registers.registers(options.report)))
     return 0
 
 

@@ -224,9 +224,10 @@ def _check_convolution(
     ]
     grad = normal(case.N, case.outputs, *out)
 
-    layout = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
-    convolve = partial(ops.modulated_deform_conv2d, **layout)
-    define = partial(reference.modulated_deform_conv2d, **layout)
+    convolve, define = (
+        partial(operator, stride=case.stride, padding=case.padding, dilation=case.dilation)
+        for operator in (ops.modulated_deform_conv2d, reference.modulated_deform_conv2d)
+    )
     truth = _run(define, [x.double() for x in arguments], grad.double())
     rounded = truth if dtype in TOLERANCE else _run(define, arguments, grad)
     yield from _Trial(
