@@ -144,7 +144,8 @@ def modulated_deform_conv2d(
 ) -> Tensor:
     """Modulated deformable convolution (DCNv2, arXiv:1811.11168, equation 1).
 
-    The arguments are torchvision's `deform_conv2d`'s, and so is the result. On CUDA it is
+    The arguments are torchvision's `deform_conv2d`'s, and so is the result; a sample at exactly -1
+    has no derivative by its offset on the CPU, as in the published code. On CUDA it is
     torchvision's operator. On the CPU that one is the slower (docs/log.md, "Deformable
     convolution"): there the samples are taken by `multi_scale_deformable_attention`'s kernels and
     multiplied with the weights as in a convolution by im2col; the samples, taps times the size of

@@ -368,10 +368,14 @@ def test_shapes_as_a_tensor() -> None:
 
 def test_meta_tensors_give_shapes() -> None:
     value, *others = (x.detach().to("meta") for x in inputs_of(SMALL))
-    with torch.autocast("cpu", torch.bfloat16):
-        output = fused_deformable_attention(value, SHAPES, *others)
-    assert output.is_meta
-    assert output.shape == (2, 4, 6)
+    locations = torch.zeros(2, 4, 2, 2, 2, 2, dtype=torch.float64, device="meta")
+    for device in ("cpu", "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):
+            fused = fused_deformable_attention(value, SHAPES, *others)
+            plain = multi_scale_deformable_attention(value, SHAPES, locations, locations[..., 0])
+        for output in (fused, plain):
+            assert output.is_meta
+            assert output.shape == (2, 4, 6)
 
 
 def test_one_graph_serves_images_of_any_size() -> None:
@@ -479,35 +483,30 @@ def test_mistakes_are_refused_with_got_and_expected(change: str) -> None:
         fused_deformable_attention(*arguments)  # type: ignore[arg-type]
 
 
-def test_plain_operator_refuses_mistakes() -> None:
-    value = torch.zeros(2, 26, 2, 3)
-    locations, weights = torch.zeros(2, 4, 2, 2, 2, 2), torch.zeros(2, 4, 2, 2, 2)
-    with pytest.raises(ValueError, match=r"sampling_locations has shape .*expected \[N, Q, M, L"):
-        multi_scale_deformable_attention(value, SHAPES, locations[0], weights)
-    with pytest.raises(ValueError, match=r"attention_weights .*\[2, 4, 2, 4\], expected \[2, 4, 2"):
-        multi_scale_deformable_attention(value, SHAPES, locations, weights.flatten(3))
-    with pytest.raises(ValueError, match=r"sampling_locations has dtype torch.float64"):
-        multi_scale_deformable_attention(value, SHAPES, locations.double(), weights)
-
-
-def test_direct_calls_are_checked_before_memory_is_read() -> None:
-    """torch.ops bypasses ops.py; the library's own checks must hold."""
-    value, points, offsets, logits = (x.detach() for x in inputs_of(SMALL, torch.float32))
-    call = torch.ops.cuda_ops.fused_deformable_attention.default
-    sizes = [4, 5, 2, 3]
-    for arguments, message in [
-        ((value, [4, 5, 2, 4], points, offsets, logits), "26 tokens, expected 28"),
-        ((value, [4, 5], points, offsets, logits), "2 numbers, expected .* 2 levels"),
-        ((value, [-4, -5, 2, 3], points, offsets, logits), "expected sizes of 1"),
-        ((value, [1 << 23, 1 << 23, 1, 1], points, offsets, logits), "expected less than 2"),
-        ((value, sizes, points[:1], offsets, logits), "reference_points has shape"),
-        ((value, sizes, points.double(), offsets, logits), "dtype Double, expected Float"),
-        ((value, sizes, points, offsets[:, :3], logits), "expected"),
-        ((value, sizes, points, offsets, logits[..., :1]), "attention_logits has shape"),
-        ((value.long(), sizes, points, offsets, logits), "dtype Long"),
-    ]:
-        with pytest.raises(RuntimeError, match=message):
-            call(*arguments)
-    backward = torch.ops.cuda_ops.fused_deformable_attention_backward.default
-    with pytest.raises(RuntimeError, match="grad_output has shape"):
-        backward(torch.zeros(2, 4, 5), value, sizes, points, offsets, logits, True, False)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": torch.zeros(26, 2, 3)}, r"value has shape \[26, 2, 3\], expected \[N, S, M, D\]"),
+        ({"value": torch.zeros(2, 26, 2, 3).int()}, "torch.int32, expected float64, float32"),
+        ({"value": torch.zeros(2, 26, 2, 0)}, "expected at least one head, channel and level"),
+        ({"value": torch.zeros(2, 0, 2, 3), "shapes": ()}, "0 levels, expected at least one head"),
+        ({"shapes": ((4, 5), (2, 4))}, "value has 26 tokens, expected 28"),
+        ({"locations": torch.zeros(4, 2, 2, 2, 2)}, r"sampling_locations has .*expected \[N, Q, M"),
+        ({"locations": torch.zeros(2, 4, 2, 2, 0, 2)}, "0 points per head and level, expected at"),
+        ({"locations": torch.zeros(2, 4, 2, 1, 2, 2)}, r"expected \[2, 4, 2, 2, 2, 2\]"),
+        ({"locations": torch.zeros(2, 4, 2, 2, 2, 2).double()}, "dtype torch.float64, expected"),
+        ({"locations": torch.zeros(2, 4, 2, 2, 2, 2).long()}, "dtype torch.int64, expected"),
+        ({"weights": torch.zeros(2, 4, 2, 4)}, r"\[2, 4, 2, 4\], expected \[2, 4, 2, 2, 2\]"),
+        ({"weights": torch.zeros(2, 4, 2, 2, 2).half()}, "dtype torch.float16, expected torch.flo"),
+        ({"weights": torch.zeros(2, 4, 2, 2, 2).to("meta")}, "is on meta, expected cpu as value is"),
+    ],
+)  # fmt: skip
+def test_plain_operator_refuses_mistakes(change: dict, message: str) -> None:
+    given = {
+        "value": torch.zeros(2, 26, 2, 3),
+        "shapes": SHAPES,
+        "locations": torch.zeros(2, 4, 2, 2, 2, 2),
+        "weights": torch.zeros(2, 4, 2, 2, 2),
+    } | change
+    with pytest.raises(ValueError, match=message):
+        multi_scale_deformable_attention(*given.values())
