@@ -43,7 +43,7 @@ NAMES = ("output", "grad value", "grad points", "grad offsets", "grad logits")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 CHUNK = 1024  # queries that the definition takes at a time: a gigabyte in the largest case
 
-MODES = ("default", "strided", "deterministic")
+MODES = ("default", "strided", "shifted", "deterministic")
 
 Operator = Callable[..., Tensor]
 
@@ -79,8 +79,9 @@ CONVOLUTION_NAMES = ("output", "grad input", "grad offset", "grad mask", "grad w
 class Finding:
     """One compared tensor: its relative error and the largest allowed one.
 
-    `mode`: default, deterministic, strided (non-contiguous arguments), or repeated (the
-    deterministic mode once more, which must give the same bits)."""
+    `mode`: default, deterministic, strided (non-contiguous arguments), shifted (contiguous ones
+    that begin one element behind an aligned address), or repeated (the deterministic mode once
+    more, which must give the same bits)."""
 
     case: str
     operator: str
@@ -165,6 +166,8 @@ class _Trial:
         arguments, grad = self.arguments, self.grad
         if mode == "strided":
             arguments, grad = [_strided(x) for x in arguments], _strided(grad)
+        if mode == "shifted":
+            arguments, grad = [_shifted(x) for x in arguments], _shifted(grad)
         torch.use_deterministic_algorithms(mode == "deterministic")
         try:
             _poison([*self.truth, *self.arguments], self.dtype)
@@ -240,7 +243,7 @@ def _check_convolution(
         grad,
         truth,
         rounded,
-    ).findings(MODES[2:] if left_out(device) else MODES)
+    ).findings(MODES[-1:] if left_out(device) else MODES)
 
 
 def check_repeated_images(device: str, seed: int, images: int) -> Iterator[Finding]:
@@ -321,6 +324,11 @@ def _strided(tensor: Tensor) -> Tensor:
     turned = tensor.permute(reverse).contiguous()
     gaps = torch.stack([turned, torch.full_like(turned, float("nan"))], -1)
     return gaps[..., 0].permute(reverse)
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    memory = tensor.new_empty(tensor.numel() + 1)
+    return memory[1:].copy_(tensor.flatten()).view(tensor.shape)
 
 
 def _poison(tensors: list[Tensor], dtype: torch.dtype) -> None:

@@ -29,7 +29,7 @@ def test_the_right_kernels_pass() -> None:
     findings = list(check.check("cpu", seed=7))
     assert all(finding.passed for finding in findings)
     assert {finding.mode for finding in findings} == {
-        *("default", "strided", "deterministic", "repeated")
+        *("default", "strided", "shifted", "deterministic", "repeated")
     }
     assert {finding.dtype for finding in findings} == set(check.DTYPES)
     assert {finding.operator for finding in findings} == {"fused", "plain", "deform_conv2d"}
@@ -159,6 +159,6 @@ def test_large_cases_only_when_asked(
     monkeypatch.setattr(check, "LARGE_CASES", (Case("huge", 1, ((4, 4),), 2, 8, 2500, 2),))
     for arguments, expected in (([], False), (["--no-large"], False), (["--large"], True)):
         assert main(["check", "--device", "cpu", "--seed", "1", *arguments]) == 0
-        # float32 and bfloat16, both operators, five or four tensors, three modes and a repeat
+        # float32 and bfloat16, both operators, five or four tensors, four modes and a repeat
         count = int(capsys.readouterr().out.splitlines()[-1].split()[0])
-        assert count == 240 + 72 * expected, count
+        assert count == 300 + 90 * expected, count

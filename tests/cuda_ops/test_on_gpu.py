@@ -118,7 +118,7 @@ def test_the_current_stream_is_used() -> None:
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # what runs on another stream would read zeros
-        value.copy_(inputs[0])
+        value.copy_(inputs[0].detach())
         late = step(attend, [value.requires_grad_(), *inputs[1:]])
     torch.cuda.synchronize()
     for result, right in zip(late, expected, strict=True):
