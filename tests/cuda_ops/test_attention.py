@@ -310,7 +310,7 @@ def test_every_instruction_set_agrees_with_the_definition() -> None:
     """`check` in a process of its own per set, since the choice is made once in a process."""
     program = """
 from cuda_ops import check
-check.MODES = ("default",)
+check.MODES, check.CONVOLUTIONS = ("default",), ()
 findings = list(check.check("cpu", seed=1))
 print(len(findings), [finding for finding in findings if not finding.passed])
 """
@@ -325,7 +325,7 @@ print(len(findings), [finding for finding in findings if not finding.passed])
             check=True,
         )
         said.append(done.stdout.split(maxsplit=1))
-    assert all(int(count) > 400 and failed == "[]\n" for count, failed in said), said
+    assert all(int(count) > 350 and failed == "[]\n" for count, failed in said), said
 
 
 def test_autocast_rounds_all_but_the_reference_points() -> None:
