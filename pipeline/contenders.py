@@ -6,6 +6,7 @@ All get the same images, targets, rates and optimizer. N batch, Q queries, L lev
 import argparse
 import functools
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,22 +52,56 @@ class Contender:
     """The deformable attention that our model calls."""
 
 
+def require(name: str, config: RunConfig) -> None:
+    """Raises `UserError` for a contender that is unknown, not installed, or has no such model."""
+    key, _, path = name.partition("=")
+    if name in OURS:
+        return
+    if name == "deepspeed":
+        _require_module(name)
+    elif name == "transformers":
+        _require_resnet(name, config, "resnet50")
+        if config.model.dilation:
+            raise UserError("contender transformers: its ResNet has no dilation; leave it out")
+        for cost in ("class_cost", "bbox_cost", "giou_cost", "bbox_weight", "giou_weight"):
+            value = getattr(config.model, cost)
+            if value != int(value):
+                raise UserError(f"contender transformers: got model.{cost} {value}, expected whole")
+        _require_module(name)
+    elif key == "official" and path:
+        _require_resnet(key, config, "resnet50", "resnet101")
+        _import_official(Path(path))
+    else:
+        known = ", ".join([*OURS, "deepspeed", "transformers", "official=PATH"])
+        raise UserError(f"unknown contender {name!r}: expected one of {known}")
+
+
+def _require_module(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"contender {name}: not installed; pip install {name}, or leave it out")
+
+
+def _require_resnet(name: str, config: RunConfig, *backbones: str) -> None:
+    if config.model.backbone not in backbones:
+        raise UserError(
+            f"contender {name}: got the backbone {config.model.backbone} of {config.recipe}, "
+            f"expected {' or '.join(backbones)}; leave it out of --beside"
+        )
+
+
 def build_contender(name: str, config: RunConfig, device: torch.device) -> Contender:
     """The contender `name` in the precision of `config.engine`, its weights seeded.
 
-    Raises `UserError` for one that cannot be built.
+    Raises `UserError` as `require` does.
     """
+    require(name, config)
     torch.manual_seed(config.seed)
-    key, _, value = name.partition("=")
-    if key == "official" and value:
-        return _official(Path(value), config, device)
+    if name.startswith("official="):
+        return _official(Path(name.removeprefix("official=")), config, device)
     if name == "transformers":
         return _transformers(config, device)
     if name == "deepspeed":
         return _deepspeed(config, device)
-    if name not in OURS:
-        known = ", ".join([*OURS, "deepspeed", "transformers", "official=PATH"])
-        raise UserError(f"unknown contender {name!r}: expected one of {known}")
     what, operator = OURS[name]
     if name == "compile":
         torch.compiler.reset()  # a graph for the sizes to come, not for those before
@@ -163,10 +198,7 @@ OURS: dict[str, tuple[str, Operator]] = {
 
 def _deepspeed(config: RunConfig, device: torch.device) -> Contender:
     """The trainer's own engine, in a process group of one."""
-    try:
-        start_process_group(device)
-    except ImportError as error:
-        raise UserError(f"contender deepspeed: {error}; leave it out of --beside") from None
+    start_process_group(device)
     model = build_model(config.model).to(device).train()
     engine = build_engine(model, config, steps_per_epoch=10**6)  # the rates stay as they start
     criterion = build_criterion(config.model).to(device)
@@ -200,38 +232,15 @@ def _optimizer_like_ours(model: nn.Module, config: RunConfig) -> torch.optim.Ada
     )
 
 
-def _require_resnet(name: str, config: RunConfig, *others: str) -> None:
-    if config.model.backbone not in ("resnet50", *others):
-        raise UserError(
-            f"contender {name}: got the backbone {config.model.backbone} of {config.recipe}, "
-            f"expected {' or '.join(('resnet50', *others))}; leave it out of --beside"
-        )
-
-
-def _whole(name: str, value: float) -> int:
-    if value != int(value):
-        raise UserError(
-            f"contender transformers: model.{name} is {value}, its config takes whole numbers only"
-        )
-    return int(value)
-
-
 def _transformers(config: RunConfig, device: torch.device) -> Contender:
     """`DeformableDetrForObjectDetection` of the same size, from its config alone."""
-    _require_resnet("transformers", config)
-    if config.model.dilation:
-        raise UserError("contender transformers: its ResNet has no dilation; leave it out")
-    try:
-        from transformers import (
-            DeformableDetrConfig,
-            DeformableDetrForObjectDetection,
-            ResNetConfig,
-            __version__,
-        )
-    except ImportError as error:
-        raise UserError(
-            f"contender transformers: {error}; pip install transformers, or leave it out"
-        ) from None
+    from transformers import (
+        DeformableDetrConfig,
+        DeformableDetrForObjectDetection,
+        ResNetConfig,
+        __version__,
+    )
+
     ours = config.model
     stages = ["stage2", "stage3", "stage4"] if ours.num_levels > 1 else ["stage4"]
     theirs = DeformableDetrConfig(
@@ -257,11 +266,11 @@ def _transformers(config: RunConfig, device: torch.device) -> Contender:
         two_stage=ours.two_stage,
         tie_word_embeddings=not ours.refines,
         focal_alpha=ours.focal_alpha,
-        class_cost=_whole("class_cost", ours.class_cost),
-        bbox_cost=_whole("bbox_cost", ours.bbox_cost),
-        giou_cost=_whole("giou_cost", ours.giou_cost),
-        bbox_loss_coefficient=_whole("bbox_weight", ours.bbox_weight),
-        giou_loss_coefficient=_whole("giou_weight", ours.giou_weight),
+        class_cost=int(ours.class_cost),
+        bbox_cost=int(ours.bbox_cost),
+        giou_cost=int(ours.giou_cost),
+        bbox_loss_coefficient=int(ours.bbox_weight),
+        giou_loss_coefficient=int(ours.giou_weight),
     )
     model = DeformableDetrForObjectDetection(theirs)
     if ours.refines:  # its checkpoints share these, a fresh model has copies that nothing trains
@@ -302,7 +311,6 @@ def _transformers(config: RunConfig, device: torch.device) -> Contender:
 
 def _official(path: Path, config: RunConfig, device: torch.device) -> Contender:
     """A checkout of fundamentalvision/Deformable-DETR whose extension is built."""
-    _require_resnet("official", config, "resnet101")
     models, misc = _import_official(path)
     ours = config.model
     arguments = argparse.Namespace(

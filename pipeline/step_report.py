@@ -17,6 +17,7 @@ import torchvision
 
 from pipeline.benchmark_step import MEAN_BOXES, MOST_BOXES, Measured, benchmark_step
 from pipeline.config import RunConfig
+from pipeline.contenders import require
 from pipeline.data.labels import build_labels
 from pipeline.data.loader import training_steps
 from pipeline.data.shards import ShardSet
@@ -51,6 +52,10 @@ def run(
         raise UserError(f"--steps {steps}, --workers {workers}: expected at least 1 and 0")
     if len(set(names)) < len(names):
         raise UserError(f"--beside: got {' '.join(names[1:])}, expected each once, without ours")
+    if device_name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU here; use --device cpu")
+    for name in names:
+        require(name, config)
     engine = replace(config.engine, device=device_name, precision="fp32", loader_workers=workers)
     config = replace(config, engine=engine)
     device = choose_device(engine)

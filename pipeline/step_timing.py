@@ -103,16 +103,19 @@ def _resident(name: str) -> int:
 
 
 def count_syncs(contender: Contender, work: Workload) -> dict[str, int]:
+    """How often the host waits for the GPU in each phase of one step, as far as torch can tell."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
 
         def waits() -> float:
-            return float(sum("synchronizing CUDA" in str(warning.message) for warning in caught))
+            return sum("synchronizing CUDA" in str(warning.message) for warning in caught)
 
         marks = Marks(work.device, waits)
-        train_step(contender, work, work.batches[0], marks)
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            train_step(contender, work, work.batches[0], marks)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     return {phase: int(count) for phase, count in marks.host().items()}
 
 
