@@ -163,17 +163,7 @@ def prepare(result: Measured, work: Workload, config: RunConfig) -> Contender:
     contender = build_contender(result.contender, config, work.device)
     result.what = contender.what
     result.trained_parameters = sum(p.numel() for group in contender.groups for p in group)
-    before = [[p.detach().clone() for p in group] for group in contender.groups]
-    seed_step(config.seed, 0, 0)
-    start = time.perf_counter()
-    result.first_loss = train_step(contender, work, work.batches[0], Marks(work.device)).item()
-    result.first_step = 1000 * (time.perf_counter() - start)
-    if not math.isfinite(result.first_loss):
-        raise FloatingPointError(f"{contender.name}: the first loss is {result.first_loss}")
-    for index, (old, new) in enumerate(zip(before, contender.groups, strict=True)):
-        if all(torch.equal(a, b) for a, b in zip(old, new, strict=True)):
-            raise RuntimeError(f"{contender.name}: a step left parameter group {index} unchanged")
-    del before
+    learn(result, contender, work, config.seed)
     held = torch.cuda.memory_allocated() - allocated if cuda else 0
     result.peak_memory = (held + peak_memory(contender, work)) / 2**20
     if cuda:
@@ -182,6 +172,20 @@ def prepare(result: Measured, work: Workload, config: RunConfig) -> Contender:
     if contender.name == "ours":
         result.matcher = matcher_times(contender, work)
     return contender
+
+
+def learn(result: Measured, contender: Contender, work: Workload, seed: int) -> None:
+    """The first step, whose loss must be finite and which must change each group of weights."""
+    before = [[p.detach().clone() for p in group] for group in contender.groups]
+    seed_step(seed, 0, 0)
+    start = time.perf_counter()
+    result.first_loss = train_step(contender, work, work.batches[0], Marks(work.device)).item()
+    result.first_step = 1000 * (time.perf_counter() - start)
+    if not math.isfinite(result.first_loss):
+        raise FloatingPointError(f"{contender.name}: the first loss is {result.first_loss}")
+    for index, (old, new) in enumerate(zip(before, contender.groups, strict=True)):
+        if all(torch.equal(a, b) for a, b in zip(old, new, strict=True)):
+            raise RuntimeError(f"{contender.name}: a step left parameter group {index} unchanged")
 
 
 def run_round(result: Measured, contender: Contender, work: Workload, steps: int) -> None:

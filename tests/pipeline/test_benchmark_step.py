@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from model.criterion import build_criterion
+from model.detr import build_model
 from pipeline import benchmark_step as module
 from pipeline.__main__ import COMMANDS
 from pipeline.benchmark_step import make_batches, measure
@@ -16,7 +20,7 @@ from pipeline.cli import main
 from pipeline.contenders import Contender, build_contender
 from pipeline.engine import build_optimizer
 from pipeline.recipes import recipe
-from pipeline.step_timing import PHASES, Workload
+from pipeline.step_timing import PHASES, Marks, Workload, train_step
 
 CPU = torch.device("cpu")
 
@@ -123,14 +127,10 @@ def demo_workload() -> tuple[Workload, Any]:
     return Workload((64, 64), 1, "fp32", CPU, batches), config
 
 
-def test_the_step_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_is_the_trainers() -> None:
     """One step of `ours` moves the weights as the same lines written out do."""
     work, config = demo_workload()
     contender = build_contender("ours", config, CPU)
-    from model.criterion import build_criterion
-    from model.detr import build_model
-    from pipeline.step_timing import Marks, train_step
-
     torch.manual_seed(config.seed)
     model = build_model(config.model).train()
     optimizer = build_optimizer(model, config)
@@ -242,6 +242,28 @@ def test_too_few_images_for_the_loader(drawn, capsys: pytest.CaptureFixture[str]
 def test_no_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("demo", "--device", "cuda") == 2
     assert "torch sees no GPU" in capsys.readouterr().err
+
+
+WITHOUT_THE_TRAINERS_PACKAGES = """
+import sys
+sys.modules.update(dict.fromkeys({names}))  # None: not to be found
+from pipeline.__main__ import COMMANDS
+from pipeline.cli import main
+options = "demo --size 32 32 --batch-sizes 1 --precisions fp32 --steps 1 --device cpu".split()
+sys.exit(main("pipeline", "", COMMANDS, ["benchmark-step", *options]))
+"""
+
+
+def test_a_bare_machine_will_do() -> None:
+    names = [
+        "deepspeed", "ray", "mlflow", "webdataset", "pycocotools", "tqdm", "filelock", "psutil",
+        "matplotlib", "transformers", "setuptools",
+    ]  # fmt: skip
+    code = WITHOUT_THE_TRAINERS_PACKAGES.format(names=names)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "32x32, batch 1, fp32" in done.stdout
 
 
 @pytest.mark.gpu
