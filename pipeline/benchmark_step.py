@@ -138,6 +138,8 @@ def measure(work: Workload, config: RunConfig, names: list[str], steps: int) -> 
                     result,
                     lambda r: run_round(r, ready[r.contender], work, math.ceil(steps / rounds)),
                 )
+            if result.failed:
+                ready.pop(result.contender, None)
     for result in found:
         if not all(math.isfinite(loss) for loss in result.losses):
             raise FloatingPointError(f"{result.contender}: losses {result.losses}")

@@ -50,7 +50,7 @@ def run(
             raise UserError(f"--{option}: got {value}, expected 1 or more")
     if steps < 1 or workers < 0:
         raise UserError(f"--steps {steps}, --workers {workers}: expected at least 1 and 0")
-    if len(set(names)) < len(names):
+    if len({name.partition("=")[0] for name in names}) < len(names):
         raise UserError(f"--beside: got {' '.join(names[1:])}, expected each once, without ours")
     if device_name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU here; use --device cpu")
@@ -119,8 +119,9 @@ def row(result: Measured, ours: Measured, batch_size: int) -> dict[str, Any]:
     facts = asdict(result)
     rounds, host, on_device = (facts.pop(name) for name in ("rounds", "host", "on_device"))
     losses = facts.pop("losses")
-    if result.failed or not rounds:
-        return {"contender": result.contender, "what": result.what, "failed": result.failed}
+    facts["contender"] = result.contender.partition("=")[0]  # no path of this machine
+    if result.failed:
+        return {name: facts[name] for name in ("contender", "what", "failed")}
     step = statistics.median(rounds)
     facts |= {
         "last_loss": losses[-1],
@@ -153,8 +154,8 @@ def table(work: Workload, rows: list[dict[str, Any]], loader: float | None) -> s
         + f"{'peak MiB':>10}{'GPU busy':>10}",
     ]
     for facts in rows:
-        name = facts["contender"].partition("=")[0]
-        if "step" not in facts:
+        name = facts["contender"]
+        if facts["failed"]:
             lines.append(f"{name:<13}{facts['failed']}")
             continue
         step, phases = facts["step"], facts["on_device"] or facts["host"]
@@ -197,6 +198,9 @@ def surroundings(config: RunConfig, device: torch.device, size: tuple[int, int])
         "optimizer": asdict(config.optimizer),
         "size": size,
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "device_memory": torch.cuda.get_device_properties(device).total_memory / 2**20
+        if cuda
+        else None,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -20,6 +20,7 @@ from pipeline.cli import main
 from pipeline.contenders import Contender, build_contender
 from pipeline.engine import build_optimizer
 from pipeline.recipes import recipe
+from pipeline.step_report import row, table
 from pipeline.step_timing import PHASES, Marks, Workload, train_step
 
 CPU = torch.device("cpu")
@@ -187,6 +188,10 @@ def test_memory_that_does_not_suffice_is_a_result(monkeypatch: pytest.MonkeyPatc
     assert greedy_one.failed == "out of memory: tried to allocate 1 TiB"
     assert not ours.failed
     assert len(ours.rounds) == 2
+    rows = [row(result, ours, 1) for result in (ours, greedy_one)]
+    assert "step" in rows[0]
+    assert set(rows[1]) == {"contender", "what", "failed"}
+    assert "reference    out of memory: tried to allocate 1 TiB" in table(work, rows, None)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +200,7 @@ def test_memory_that_does_not_suffice_is_a_result(monkeypatch: pytest.MonkeyPatc
         (["demo", "--beside", "grid"], ["unknown contender 'grid'", "grid_sample"]),
         (["demo", "--beside", "transformers"], ["backbone tiny", "resnet50"]),
         (["demo", "--beside", "ours"], ["each once"]),
+        (["deformable_detr_r50", "--beside", "official=/a", "official=/b"], ["each once"]),
         (["deformable_detr_r50", "--beside", "official=/none"], ["official=/none", "checkout"]),
         (["deformable_detr_r50", "--beside", "official"], ["official=PATH"]),
         (["demo", "--precisions", "fp8"], ["fp8"]),
