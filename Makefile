@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 
-.PHONY: demo test setup check operators lock bench gpu clean
+.PHONY: demo test setup check operators lock bench gpu torch-versions clean
 
 demo: setup
 	@$(BIN)/python -m jobs demo
@@ -48,13 +48,17 @@ gpu:
 	try $(PYTHON) -m cuda_ops check --device cuda; \
 	try $(PYTHON) -m cuda_ops benchmark --device cuda --output $(RESULTS)/operators-$$name.json; \
 	if $(PYTHON) -c 'import pytest' 2>/dev/null; then \
-		try $(PYTHON) -m pytest -m gpu tests/cuda_ops tests/model; \
+		try $(PYTHON) -m pytest -m gpu tests/cuda_ops tests/model tests/pipeline/test_benchmark_step.py; \
 	else echo "--- pytest is not installed: the tests marked gpu are left out"; fi; \
 	try $(PYTHON) -m pipeline benchmark-step deformable_detr_r50 --device cuda --batch-sizes 2 4 8 \
 		--steps $(STEPS) --beside $(BESIDE) --output $(RESULTS)/step-$$name.json; \
 	try $(PYTHON) -m pipeline benchmark-step deformable_detr_r50 --device cuda --batch-sizes 2 4 8 \
 		--steps $(STEPS) --compile --output $(RESULTS)/step-compile-$$name.json; \
 	if [ -n "$$failed" ]; then printf 'failed:%b\n' "$$failed" >&2; exit 1; fi
+
+# One CPU library under every torch from 2.11 on: minutes, and gigabytes of downloads.
+torch-versions: setup
+	@$(BIN)/python tests/cuda_ops/check_torch_versions.py
 
 lock:
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --no-emit-index-url \
