@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 
-.PHONY: demo test setup check operators lock bench clean
+.PHONY: demo test setup check operators lock bench gpu torch-versions clean
 
 demo: setup
 	@$(BIN)/python -m jobs demo
@@ -33,6 +33,32 @@ check: setup
 
 bench: setup
 	@$(BIN)/python -m cuda_ops benchmark
+
+# For a GPU machine, without the environment above: PYTHON needs torch, torchvision, scipy and tyro;
+# transformers for BESIDE, pytest and hypothesis for the tests. Goes on after a failure, then fails.
+BESIDE ?= grid_sample transformers
+STEPS ?= 20
+RESULTS := docs/benchmarks
+gpu:
+	@name=$$($(PYTHON) -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))' 2>/dev/null) \
+		|| { echo "make gpu: $(PYTHON) has no torch that sees a GPU; give PYTHON=" >&2; exit 1; }; \
+	failed=; mkdir -p $(RESULTS); \
+	try() { echo "--- $$*"; "$$@" || failed="$$failed\n  $$*"; }; \
+	try $(PYTHON) -m cuda_ops build; \
+	try $(PYTHON) -m cuda_ops check --device cuda; \
+	try $(PYTHON) -m cuda_ops benchmark --device cuda --output $(RESULTS)/operators-$$name.json; \
+	if $(PYTHON) -c 'import pytest' 2>/dev/null; then \
+		try $(PYTHON) -m pytest -m gpu tests/cuda_ops tests/model tests/pipeline/test_benchmark_step.py; \
+	else echo "--- pytest is not installed: the tests marked gpu are left out"; fi; \
+	try $(PYTHON) -m pipeline benchmark-step deformable_detr_r50 --device cuda --batch-sizes 2 4 8 \
+		--steps $(STEPS) --beside $(BESIDE) --output $(RESULTS)/step-$$name.json; \
+	try $(PYTHON) -m pipeline benchmark-step deformable_detr_r50 --device cuda --batch-sizes 2 4 8 \
+		--steps $(STEPS) --compile --output $(RESULTS)/step-compile-$$name.json; \
+	if [ -n "$$failed" ]; then printf 'failed:%b\n' "$$failed" >&2; exit 1; fi
+
+# One CPU library under every torch from 2.11 on: minutes, and gigabytes of downloads.
+torch-versions: setup
+	@$(BIN)/python tests/cuda_ops/check_torch_versions.py
 
 lock:
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --no-emit-index-url \

@@ -116,19 +116,8 @@ def _build_cpu(force: bool) -> Built:
 
 
 def _build_cuda(force: bool) -> Built:
-    assert torch.version.cuda is not None
-    nvcc = find_nvcc()
-    major = torch.version.cuda.split(".")[0]
-    release = _version(str(nvcc)).split("release ")[-1].split(",")[0]
-    if release.split(".")[0] != major:
-        raise BuildError(
-            f"{nvcc} is of CUDA {release}, but torch is built for CUDA {torch.version.cuda}; "
-            "point CUDA_HOME to a toolkit of the same major release, or build with --cpu-only"
-        )
-    flags = [*DEFINES, "-DUSE_CUDA", *INCLUDES, "-O3", "-std=c++20", "--expt-relaxed-constexpr"]
-    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
-    if "CXX" in os.environ:
-        flags += ["-ccbin", os.environ["CXX"]]
+    nvcc, major = checked_nvcc()
+    flags = cuda_flags()
     for arch in CUDA_ARCHITECTURES:
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     # The newest architecture also as PTX, for GPUs that are newer still.
@@ -140,6 +129,29 @@ def _build_cuda(force: bool) -> Built:
     linker = os.environ.get("CXX", "g++")
     targets = tuple(f"sm_{arch}" for arch in CUDA_ARCHITECTURES)
     return _build("cuda", str(nvcc), linker, targets, units, link, force)
+
+
+def checked_nvcc() -> tuple[Path, str]:
+    """`find_nvcc`, once it is known to fit torch, and its major release."""
+    assert torch.version.cuda is not None
+    nvcc = find_nvcc()
+    major = torch.version.cuda.split(".")[0]
+    release = _version(str(nvcc)).split("release ")[-1].split(",")[0]
+    if release.split(".")[0] != major:
+        raise BuildError(
+            f"{nvcc} is of CUDA {release}, but torch is built for CUDA {torch.version.cuda}; "
+            "point CUDA_HOME to a toolkit of the same major release, or build with --cpu-only"
+        )
+    return nvcc, major
+
+
+def cuda_flags() -> list[str]:
+    """nvcc's arguments, but for the architectures."""
+    flags = [*DEFINES, "-DUSE_CUDA", *INCLUDES, "-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
+    if "CXX" in os.environ:
+        flags += ["-ccbin", os.environ["CXX"]]
+    return flags
 
 
 def _cuda_runtime(nvcc: Path, major: str) -> Path:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cuda_ops.reference import accumulation_dtype
+from cuda_ops.reference import accumulation_dtype, sampling_locations
+
+CLEARANCE = 1e-3  # pixels
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def make_inputs(
     generator: torch.Generator,
     spread: float,
     margin: float = 0.0,
+    clear: bool = False,
 ) -> Inputs:
     """Draws the inputs of `case`; drawn on the CPU, so that a seed gives the same on any device.
 
@@ -60,6 +63,9 @@ def make_inputs(
     uniform over the image widened by `margin` on each side. Offsets are normal with a standard
     deviation of `spread` pixels of their level (for 4-d references, whose boxes have sides of
     0.1 to 0.5, of `spread` half boxes divided by K). Values and logits are standard normal.
+
+    With `clear`, no point is within `CLEARANCE` of a row or column of pixels. There derivatives by
+    position jump, and two precisions may rightly find themselves on different sides.
     """
     levels = len(case.shapes)
 
@@ -85,9 +91,22 @@ def make_inputs(
     def leaf(tensor: Tensor, kind: torch.dtype) -> Tensor:
         return tensor.to(device, kind).contiguous().requires_grad_()
 
+    def draw_offsets() -> Tensor:
+        return (spread * normal(case.N, case.Q, case.M, levels, case.K, 2)).to(dtype).double()
+
+    assert spread > 0 or not clear
+    offsets = draw_offsets()
+    while clear:
+        rounded = points.to(accumulation_dtype(dtype)).double()
+        sizes = torch.tensor([(w, h) for h, w in case.shapes])[:, None]
+        pixels = sampling_locations(rounded, offsets, case.shapes) * sizes - 0.5
+        near = ((pixels - pixels.round()).abs() < CLEARANCE).any(-1, keepdim=True)
+        if not near.any():
+            break
+        offsets = torch.where(near, draw_offsets(), offsets)
     return Inputs(
         leaf(normal(case.N, case.S, case.M, case.D), dtype),
         leaf(points, accumulation_dtype(dtype)),
-        leaf(spread * normal(case.N, case.Q, case.M, levels, case.K, 2), dtype),
+        leaf(offsets, dtype),
         leaf(normal(case.N, case.Q, case.M, levels * case.K), dtype),
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,3 +126,52 @@ def fused_deformable_attention(
         value.to(accumulate), spatial_shapes, locations, weights
     )
     return output.to(value.dtype)
+
+
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+) -> Tensor:
+    """Modulated deformable convolution, equation 1 of DCNv2 (arXiv:1811.11168).
+
+    Args:
+        input: [N, C, H, W].
+        offset: [N, 2 * G * kh * kw, out_h, out_w], (y, x) pairs, for G deformable groups.
+        mask: [N, G * kh * kw, out_h, out_w].
+        weight: [C_out, C / groups, kh, kw].
+        bias: [C_out].
+
+    Returns:
+        [N, C_out, out_h, out_w], in the dtype of `input`.
+    """
+    wide = accumulation_dtype(input.dtype)
+    batch, channels, height, width = input.shape
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    out_h, out_w = offset.shape[2:]
+    taps = kernel_h * kernel_w
+    deformable = mask.shape[1] // taps
+    columns = input.new_zeros(batch, channels, taps, out_h, out_w, dtype=wide)
+    for g in range(deformable):
+        mine = slice(g * channels // deformable, (g + 1) * channels // deformable)
+        for tap in range(taps):
+            at = g * taps + tap
+            y = torch.arange(out_h, device=input.device)[:, None] * stride - padding
+            x = torch.arange(out_w, device=input.device) * stride - padding
+            y = y + tap // kernel_w * dilation + offset[:, 2 * at].to(wide)
+            x = x + tap % kernel_w * dilation + offset[:, 2 * at + 1].to(wide)
+            grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
+            sampled = grid_sample(input[:, mine].to(wide), grid, align_corners=False)
+            columns[:, mine, tap] = sampled * mask[:, at : at + 1].to(wide)
+    groups = channels // per_group
+    output = torch.einsum(
+        "ngctyx,goct->ngoyx",
+        columns.unflatten(1, (groups, per_group)),
+        weight.to(wide).flatten(2).unflatten(0, (groups, outputs // groups)),
+    )
+    return (output.flatten(1, 2) + bias.to(wide)[:, None, None]).to(input.dtype)

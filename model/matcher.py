@@ -65,7 +65,7 @@ def match(groups: list[Layers], truth: Truth, config: ModelConfig) -> list[Match
     blocks = np.split(on_host, np.cumsum(sizes)[:-1])
     try:
         pairs = [
-            _assign(block.reshape(cost.shape), truth.counts)
+            assign(block.reshape(cost.shape), truth.counts)
             for block, cost in zip(blocks, costs, strict=True)
         ]
     except ValueError as error:
@@ -97,7 +97,7 @@ def matching_cost(group: Layers, truth: Truth, config: ModelConfig) -> Tensor:
     return config.bbox_cost * distance + config.class_cost * classes - config.giou_cost * overlap
 
 
-def _assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
+def assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
     """cost [T, D, Q] to matched (layer, query, target): [3, P] int64, layer after layer."""
     pairs = []
     for layer in range(cost.shape[1]):

@@ -1,5 +1,7 @@
 """The precision of what must not be rounded to 16 bits: boxes, references, costs, losses."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,11 +12,16 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Switches autocast off on the device of `x`; the meta device knows no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 class FullPrecisionLinear(nn.Linear):
     """A linear layer evaluated and returned in float32 at the least, under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weight, bias = full_precision(self.weight), full_precision(self.bias)
             return F.linear(full_precision(x), weight, bias)
 

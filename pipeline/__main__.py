@@ -1,9 +1,10 @@
-"""`python -m pipeline train|evaluate|predict|recipes`: one process group, without a cluster."""
+"""`python -m pipeline train|evaluate|predict|benchmark-step|recipes`: one process group."""
 
 import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
 from pipeline.errors import UserError
@@ -41,6 +42,29 @@ class PredictOptions:
     threshold: float = 0.3
     """Smallest score that is drawn."""
     device: str = "auto"
+
+
+@dataclass(frozen=True)
+class BenchmarkStepOptions:
+    config: RunOptions
+    size: tuple[int, int] = (800, 1333)
+    """Height and width of the images."""
+    batch_sizes: tuple[int, ...] = (2,)
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    compile: bool = False
+    """Also time the model by torch.compile."""
+    beside: tuple[str, ...] = ()
+    """Other contenders. Ours by another operator: reference, grid_sample. The trainer's engine:
+    deepspeed. Other implementations: transformers, official=PATH (extension built)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    steps: int = 20
+    """Timed steps of each contender, for each batch size and precision."""
+    data: Path | None = None
+    """Shard folder: also time the loader, at this size."""
+    workers: int = 4
+    """Processes of that loader."""
+    output: Path | None = None
+    """Write the figures as JSON, too; what is measured so far is there at any time."""
 
 
 def run_train(args: list[str]) -> None:
@@ -102,6 +126,25 @@ def run_predict(args: list[str]) -> None:
     print(f"saved {options.output}")
 
 
+def run_benchmark_step(args: list[str]) -> None:
+    options = parse_run(
+        BenchmarkStepOptions,
+        args,
+        "python -m pipeline benchmark-step",
+        "Times the phases of a training step, beside other operators and implementations.\n\n"
+        "Example: python -m pipeline benchmark-step deformable_detr_r50 --batch-sizes 2 4 8 "
+        "--compile --beside transformers --output step.json",
+    )
+    from pipeline.step_report import run
+
+    run(
+        options.config,
+        ["ours", *(["compile"] if options.compile else []), *options.beside],
+        options.size, options.batch_sizes, options.precisions, options.steps, options.device,
+        options.data, options.workers, options.output,
+    )  # fmt: skip
+
+
 def run_recipes(args: list[str]) -> None:
     if args and args[0] not in ("-h", "--help"):
         raise UserError(f"python -m pipeline recipes takes no options, got {args}")
@@ -113,6 +156,7 @@ COMMANDS = {
     "train": Command(run_train, "train a recipe, or resume the run in --output"),
     "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint on a shard folder"),
     "predict": Command(run_predict, "a picture of predictions beside the ground truth"),
+    "benchmark-step": Command(run_benchmark_step, "time a training step, beside others"),
     "recipes": Command(run_recipes, "list the named experiments"),
 }
 

@@ -187,7 +187,8 @@ def epoch_steps(run: Run, progress: Progress) -> Any:
 def global_boxes(micro_batches: list[Batch], device: torch.device) -> Tensor:
     """Number of boxes in the whole global batch, at least 1 (collective)."""
     count = sum(len(t["labels"]) for batch in micro_batches for t in batch.targets)
-    total = torch.tensor(float(count), device=device)
+    # Filled on the device: a copy from the host would wait for the step before.
+    total = torch.full((), count, dtype=torch.float32, device=device)
     dist.all_reduce(total)
     return total.clamp(min=1)
 

@@ -19,6 +19,8 @@ namespace cuda_ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kExact = int64_t{1} << 24;  // float32 counts exactly up to here
+
 struct Sizes {
   int64_t N, S, M, D, Q, L, K;
   int64_t R;  // numbers in a reference point: 2 or 4; 0 without reference points
@@ -70,14 +72,13 @@ inline void check_value(
       levels >= 1 && spatial_shapes.size() == static_cast<size_t>(2 * levels),
       "spatial_shapes has ", spatial_shapes.size(), " numbers, expected (h, w) for ", levels,
       " levels");
-  // Heights and widths go through float32, which counts exactly up to 2^24.
-  constexpr int64_t longest = int64_t{1} << 24;
+  // Heights and widths go through float32.
   int64_t tokens = 0, bordered = 0;
   for (size_t i = 0; i < spatial_shapes.size(); i += 2) {
     const int64_t height = spatial_shapes[i], width = spatial_shapes[i + 1];
     STD_TORCH_CHECK(
-        height >= 1 && width >= 1 && height < longest && width < longest,
-        "spatial_shapes holds (", height, ", ", width, "), expected sizes of 1 to ", longest - 1);
+        height >= 1 && width >= 1 && height < kExact && width < kExact,
+        "spatial_shapes holds (", height, ", ", width, "), expected sizes of 1 to ", kExact - 1);
     tokens += height * width;
     // Kernels number the pixels of an image, and the CPU's those of its border, in 32 bits.
     bordered += (height + 2) * (width + 2);
@@ -96,6 +97,17 @@ inline void check_same_device(const char* name, const Tensor& tensor, const Tens
       name, " is on another device than value");
 }
 
+// The upper bounds keep the bytes of a head's slice within 64 bits, for any tokens that
+// check_value lets through: expanded tensors claim sizes that no memory has.
+inline void check_counts(const Sizes& z) {
+  STD_TORCH_CHECK(
+      z.D >= 1 && z.M >= 1 && z.K >= 1, "M, D and K must be at least 1, got M = ", z.M,
+      ", D = ", z.D, ", K = ", z.K);
+  STD_TORCH_CHECK(
+      z.D < kExact && z.L * z.K < kExact, "got D = ", z.D, " and L * K = ", z.L * z.K,
+      ", expected less than ", kExact, " each");
+}
+
 inline Sizes check_plain(
     const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& locations,
     const Tensor& weights) {
@@ -105,8 +117,7 @@ inline Sizes check_plain(
   check_value(value, spatial_shapes, locations.size(3));
   const Sizes z{value.size(0),     value.size(1),     value.size(2), value.size(3),
                 locations.size(1), locations.size(3), locations.size(4), 0};
-  STD_TORCH_CHECK(z.D >= 1 && z.M >= 1 && z.K >= 1, "M, D and K must be at least 1, got M = ", z.M,
-                  ", D = ", z.D, ", K = ", z.K);
+  check_counts(z);
   check_shape("sampling_locations", locations, {z.N, z.Q, z.M, z.L, z.K, 2});
   check_shape("attention_weights", weights, {z.N, z.Q, z.M, z.L, z.K});
   check_type("sampling_locations", locations, accumulation_type(value.scalar_type()));
@@ -129,8 +140,7 @@ inline Sizes check_fused(
   check_value(value, spatial_shapes, offsets.size(3));
   const Sizes z{value.size(0),   value.size(1),   value.size(2),   value.size(3),
                 offsets.size(1), offsets.size(3), offsets.size(4), reference.size(3)};
-  STD_TORCH_CHECK(z.D >= 1 && z.M >= 1 && z.K >= 1, "M, D and K must be at least 1, got M = ", z.M,
-                  ", D = ", z.D, ", K = ", z.K);
+  check_counts(z);
   check_shape("reference_points", reference, {z.N, z.Q, z.L, z.R});
   check_shape("sampling_offsets", offsets, {z.N, z.Q, z.M, z.L, z.K, 2});
   check_shape("attention_logits", logits, {z.N, z.Q, z.M, z.L * z.K});

@@ -47,10 +47,11 @@ class Batch:
 
     def normalized_images(self) -> Tensor:
         """float32 [N, 3, H, W], channels last, with exact zeros on padding."""
-        device = self.images.device
-        mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1) * 255
-        std = torch.tensor(STD, device=device).view(1, 3, 1, 1) * 255
-        images = (self.images.float() - mean) / std
+        # Numbers of the host, channel by channel: a tensor of them would have to be copied to the
+        # device, which waits for all that it has to do.
+        images = torch.empty_like(self.images, dtype=torch.float32)
+        for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+            images[:, channel] = (self.images[:, channel].float() - mean * 255) / (std * 255)
         images = images.masked_fill(self.padding_mask[:, None], 0.0)
         return images.contiguous(memory_format=torch.channels_last)
 

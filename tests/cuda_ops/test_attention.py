@@ -25,10 +25,32 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def inputs_of(
-    case: Case, dtype: torch.dtype = torch.float64, seed: int = 0, spread: float = 2.0
+    case: Case,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    spread: float = 2.0,
+    clear: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return make_inputs(case, dtype, "cpu", generator, spread, margin=0.2).leaves()
+    return make_inputs(case, dtype, "cpu", generator, spread, 0.2, clear).leaves()
+
+
+def check_against_definition(case: Case, dtype: torch.dtype, seed: int, spread: float) -> None:
+    """Output and all gradients, with points off the pixels' rows and columns: there float32 may
+    fall on another side than float64, and have another derivative."""
+    inputs = inputs_of(case, dtype, seed, spread, clear=True)
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(case.N, case.Q, case.M * case.D, generator=generator).to(dtype)
+    output = fused_deformable_attention(inputs[0], case.shapes, *inputs[1:])
+    results = [output, *torch.autograd.grad(output, inputs, grad)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    output = reference.fused_deformable_attention(exact[0], case.shapes, *exact[1:])
+    truth = [output, *torch.autograd.grad(output, exact, grad.double())]
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-5
+    for result, expected in zip(results, truth, strict=True):
+        assert result.shape == expected.shape
+        scale = expected.norm().item() + 1.0
+        assert (result.double() - expected).norm().item() < tolerance * scale
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
@@ -108,7 +130,7 @@ def test_definition_agrees_with_grid_sample() -> None:
     Q=st.integers(1, 20),
     K=st.integers(1, 8),
     R=st.sampled_from([2, 4]),
-    spread=st.sampled_from([0.0, 1.0, 10.0]),
+    spread=st.sampled_from([0.1, 1.0, 10.0]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
     seed=st.integers(0, 1000),
 )
@@ -124,19 +146,16 @@ def test_any_sizes(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    case = Case("any", N, tuple(shapes), M, D, Q, K, R)
-    inputs = inputs_of(case, dtype, seed, spread)
-    grad = torch.randn(N, Q, M * D, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    output = fused_deformable_attention(inputs[0], shapes, *inputs[1:])
-    results = [output, *torch.autograd.grad(output, inputs, grad)]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    output = reference.fused_deformable_attention(exact[0], shapes, *exact[1:])
-    truth = [output, *torch.autograd.grad(output, exact, grad.double())]
-    tolerance = 1e-12 if dtype == torch.float64 else 3e-5
-    for result, expected in zip(results, truth, strict=True):
-        assert result.shape == expected.shape
-        scale = expected.norm().item() + 1.0
-        assert (result.double() - expected).norm().item() < tolerance * scale
+    check_against_definition(Case("any", N, tuple(shapes), M, D, Q, K, R), dtype, seed, spread)
+
+
+@pytest.mark.parametrize("D", [1, 7, 8, 16, 17, 31, 32, 48, 64, 65])
+def test_every_number_of_levels_points_and_channels(D: int) -> None:
+    levels = ((7, 5), (4, 6), (5, 1), (3, 3), (1, 4), (2, 2))
+    for L in range(1, 7):
+        for K in range(1, 9):
+            case = Case("grid", N=1, shapes=levels[:L], M=2, D=D, Q=5, K=K, R=2 + K % 2 * 2)
+            check_against_definition(case, torch.float32, seed=10 * L + K, spread=2.0)
 
 
 @pytest.mark.parametrize("case", [SMALL, SMALL_BOXES], ids=lambda case: case.name)
@@ -291,8 +310,8 @@ def test_every_instruction_set_agrees_with_the_definition() -> None:
     """`check` in a process of its own per set, since the choice is made once in a process."""
     program = """
 from cuda_ops import check
-check.CASES = [case for case in check.CASES if case.name not in ("model", "batch 33")]
-findings = check.check("cpu", seed=1)
+check.MODES, check.CONVOLUTIONS = ("default",), ()
+findings = list(check.check("cpu", seed=1))
 print(len(findings), [finding for finding in findings if not finding.passed])
 """
     said = []
@@ -306,7 +325,7 @@ print(len(findings), [finding for finding in findings if not finding.passed])
             check=True,
         )
         said.append(done.stdout.split(maxsplit=1))
-    assert all(int(count) > 400 and failed == "[]\n" for count, failed in said), said
+    assert all(int(count) > 350 and failed == "[]\n" for count, failed in said), said
 
 
 def test_autocast_rounds_all_but_the_reference_points() -> None:
@@ -349,10 +368,13 @@ def test_shapes_as_a_tensor() -> None:
 
 def test_meta_tensors_give_shapes() -> None:
     value, *others = (x.detach().to("meta") for x in inputs_of(SMALL))
+    locations = torch.zeros(2, 4, 2, 2, 2, 2, dtype=torch.float64, device="meta")
     with torch.autocast("cpu", torch.bfloat16):
-        output = fused_deformable_attention(value, SHAPES, *others)
-    assert output.is_meta
-    assert output.shape == (2, 4, 6)
+        fused = fused_deformable_attention(value, SHAPES, *others)
+        plain = multi_scale_deformable_attention(value, SHAPES, locations, locations[..., 0])
+    for output in (fused, plain):
+        assert output.is_meta
+        assert output.shape == (2, 4, 6)
 
 
 def test_one_graph_serves_images_of_any_size() -> None:
@@ -460,35 +482,30 @@ def test_mistakes_are_refused_with_got_and_expected(change: str) -> None:
         fused_deformable_attention(*arguments)  # type: ignore[arg-type]
 
 
-def test_plain_operator_refuses_mistakes() -> None:
-    value = torch.zeros(2, 26, 2, 3)
-    locations, weights = torch.zeros(2, 4, 2, 2, 2, 2), torch.zeros(2, 4, 2, 2, 2)
-    with pytest.raises(ValueError, match=r"sampling_locations has shape .*expected \[N, Q, M, L"):
-        multi_scale_deformable_attention(value, SHAPES, locations[0], weights)
-    with pytest.raises(ValueError, match=r"attention_weights .*\[2, 4, 2, 4\], expected \[2, 4, 2"):
-        multi_scale_deformable_attention(value, SHAPES, locations, weights.flatten(3))
-    with pytest.raises(ValueError, match=r"sampling_locations has dtype torch.float64"):
-        multi_scale_deformable_attention(value, SHAPES, locations.double(), weights)
-
-
-def test_direct_calls_are_checked_before_memory_is_read() -> None:
-    """torch.ops bypasses ops.py; the library's own checks must hold."""
-    value, points, offsets, logits = (x.detach() for x in inputs_of(SMALL, torch.float32))
-    call = torch.ops.cuda_ops.fused_deformable_attention.default
-    sizes = [4, 5, 2, 3]
-    for arguments, message in [
-        ((value, [4, 5, 2, 4], points, offsets, logits), "26 tokens, expected 28"),
-        ((value, [4, 5], points, offsets, logits), "2 numbers, expected .* 2 levels"),
-        ((value, [-4, -5, 2, 3], points, offsets, logits), "expected sizes of 1"),
-        ((value, [1 << 23, 1 << 23, 1, 1], points, offsets, logits), "expected less than 2"),
-        ((value, sizes, points[:1], offsets, logits), "reference_points has shape"),
-        ((value, sizes, points.double(), offsets, logits), "dtype Double, expected Float"),
-        ((value, sizes, points, offsets[:, :3], logits), "expected"),
-        ((value, sizes, points, offsets, logits[..., :1]), "attention_logits has shape"),
-        ((value.long(), sizes, points, offsets, logits), "dtype Long"),
-    ]:
-        with pytest.raises(RuntimeError, match=message):
-            call(*arguments)
-    backward = torch.ops.cuda_ops.fused_deformable_attention_backward.default
-    with pytest.raises(RuntimeError, match="grad_output has shape"):
-        backward(torch.zeros(2, 4, 5), value, sizes, points, offsets, logits, True, False)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": torch.zeros(26, 2, 3)}, r"value has shape \[26, 2, 3\], expected \[N, S"),
+        ({"value": torch.zeros(2, 26, 2, 3).int()}, "torch.int32, expected float64, float32"),
+        ({"value": torch.zeros(2, 26, 2, 0)}, "expected at least one head, channel and level"),
+        ({"value": torch.zeros(2, 0, 2, 3), "shapes": ()}, "0 levels, expected at least one head"),
+        ({"shapes": ((4, 5), (2, 4))}, "value has 26 tokens, expected 28"),
+        ({"locations": torch.zeros(4, 2, 2, 2, 2)}, r"sampling_locations has .*expected \[N, Q, M"),
+        ({"locations": torch.zeros(2, 4, 2, 2, 0, 2)}, "0 points per head and level, expected at"),
+        ({"locations": torch.zeros(2, 4, 2, 1, 2, 2)}, r"expected \[2, 4, 2, 2, 2, 2\]"),
+        ({"locations": torch.zeros(2, 4, 2, 2, 2, 2).double()}, "dtype torch.float64, expected"),
+        ({"locations": torch.zeros(2, 4, 2, 2, 2, 2).long()}, "dtype torch.int64, expected"),
+        ({"weights": torch.zeros(2, 4, 2, 4)}, r"\[2, 4, 2, 4\], expected \[2, 4, 2, 2, 2\]"),
+        ({"weights": torch.zeros(2, 4, 2, 2, 2).half()}, "dtype torch.float16, expected torch.flo"),
+        ({"weights": torch.zeros(2, 4, 2, 2, 2).to("meta")}, "is on meta, expected cpu as value"),
+    ],
+)  # fmt: skip
+def test_plain_operator_refuses_mistakes(change: dict, message: str) -> None:
+    given = {
+        "value": torch.zeros(2, 26, 2, 3),
+        "shapes": SHAPES,
+        "locations": torch.zeros(2, 4, 2, 2, 2, 2),
+        "weights": torch.zeros(2, 4, 2, 2, 2),
+    } | change
+    with pytest.raises(ValueError, match=message):
+        multi_scale_deformable_attention(*given.values())

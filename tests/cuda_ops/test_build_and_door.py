@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cuda_ops import benchmark
+from cuda_ops import benchmark, registers
 from cuda_ops.__main__ import main
 from cuda_ops.build import CUDA_ARCHITECTURES, BuildError, find_nvcc
 from cuda_ops.cases import Case
@@ -145,6 +145,91 @@ def test_cuda_library_holds_code_for_every_architecture() -> None:
     assert b".nv_fatbin" in library_path("cuda").read_bytes()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda_library)])
+def test_libraries_use_nothing_but_the_stable_abi(device: str) -> None:
+    """C++ symbols of torch or symbols of Python would tie a library to one release of either."""
+    listed = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", str(library_path(device))],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    ours = [symbol for symbol in symbols if "@" not in symbol and not symbol.startswith("_")]
+    assert "aoti_torch_library_def" in ours or device == "cuda"
+    assert "torch_call_dispatcher" in ours
+    assert [x for x in ours if not x.startswith(("aoti_torch_", "torch_"))] == []
+    other = [symbol for symbol in symbols if symbol not in ours]
+    assert [x for x in other if x.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "_Py"))] == []
+
+
+def test_build_says_what_it_built_and_for_which_architectures(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """This test runs on what was built before; the others see a library being made."""
+    assert main(["build", *([] if library_path("cuda").exists() else ["--cpu-only"])]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("cpu: up to date, for baseline")
+    assert str(library_path("cpu")) in said
+    if library_path("cuda").exists():
+        assert "cuda: up to date, for sm_80, sm_90, sm_100, sm_120, by Cuda compilation" in said
+        assert str(library_path("cuda")) in said
+
+
+PTXAS = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4copyIfLi4EEvPT_' for 'sm_90'
+ptxas info    : Function properties for _Z4copyIfLi4EEvPT_
+    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 80 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem
+ptxas info    : Compile time = 12.345 ms
+ptxas info    : Compiling entry function '_Z3setPd' for 'sm_90'
+ptxas info    : Function properties for _Z3setPd
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 22 registers, used 0 barriers
+"""
+
+
+def test_registers_and_spills_are_read_from_ptxas(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = registers.parse(PTXAS)
+    assert [(k.registers, k.stack, k.spilled, k.shared) for k in kernels] == [
+        (80, 16, 32, 1024),
+        (22, 0, 0, 0),
+    ]
+    if shutil.which("c++filt"):
+        assert [kernel.name for kernel in kernels] == ["copy<float, 4>", "set"]
+    assert "| 80 | 32 | 16 | 1024 |" in registers.table(kernels)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert registers.parse(PTXAS)[1].name == "_Z3setPd"
+
+
+@needs_cuda_library
+def test_report_of_one_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "cuda").mkdir()
+    source = tmp_path / "cuda" / "tiny.cu"
+    source.write_text(
+        "__global__ void tiny(float* x) { __shared__ float y[8]; y[0] = *x; *x = y[threadIdx.x]; }"
+    )
+    monkeypatch.setattr(registers, "SOURCES", tmp_path)
+    (kernel,) = registers.registers("80")
+    assert kernel.name in ("tiny", "_Z4tinyPf")
+    assert kernel.registers > 0
+    assert (kernel.spilled, kernel.shared) == (0, 32)
+    assert main(["build", "--report", "80"]) == 0
+    assert f"| {kernel.name} | {kernel.registers} | 0 | 0 | 32 |" in capsys.readouterr().out
+    source.write_text("no CUDA")
+    assert main(["build", "--report", "80"]) == 2
+    assert "tiny.cu" in capsys.readouterr().err
+
+
+def test_report_of_an_unknown_architecture(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [] if library_path("cuda").exists() else ["--cpu-only"]
+    assert main(["build", *arguments, "--report", "77"]) == 2
+    assert capsys.readouterr().err == (
+        "error: got architecture 77, expected one of 80, 90, 100, 120\n"
+    )
+
+
 def compiler_script(folder: Path, line: str) -> str:
     """A compiler of our own: `line` is bash, with the real one in $real."""
     script = folder / "compiler"
@@ -241,7 +326,7 @@ def test_digest_covers_contents_and_names(bare: Path, monkeypatch: pytest.Monkey
     csrc = bare / "cuda_ops" / "csrc"
     monkeypatch.setattr("cuda_ops.library.SOURCES", csrc)
     assert [sources_digest("cpu"), sources_digest("cuda")] == expected
-    (csrc / "cuda" / "phases.h").write_text("// changed\n")
+    (csrc / "cuda" / "attention.cu").write_text("// changed\n")
     assert sources_digest("cpu") == expected[0]
     assert sources_digest("cuda") != expected[1]
     (csrc / "checks.h").rename(csrc / "check.h")
@@ -282,6 +367,7 @@ def test_check_fails_when_a_kernel_is_wrong(
     right = ops.fused_deformable_attention
     monkeypatch.setattr(ops, "fused_deformable_attention", lambda *x: right(*x) * 1.0001)
     monkeypatch.setattr(check, "CASES", check.CASES[2:3])
+    monkeypatch.setattr(check, "CONVOLUTIONS", ())
     assert main(["check", "--device", "cpu", "--seed", "1"]) == 1
     assert "FAILED" in capsys.readouterr().out
 

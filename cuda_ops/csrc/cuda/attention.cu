@@ -49,6 +49,14 @@ Attention<T> attention_of(const Sizes& z, const Shapes& shapes, const Tensor& va
   return p;
 }
 
+// Contiguous, and where its numbers start at a multiple of 16 bytes, as the kernels load them; a
+// tensor that is a slice of another need not.
+Tensor packed(const Tensor& tensor) {
+  const Tensor whole = torch::stable::contiguous(tensor);
+  const bool aligned = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0;
+  return aligned ? whole : torch::stable::clone(whole);
+}
+
 // Starts kernels on the stream that torch uses at the moment.
 struct Run {
   cudaStream_t stream;
@@ -112,9 +120,9 @@ Tensor multi_scale_deformable_attention(
     const Tensor& value, const Shapes& shapes, const Tensor& locations, const Tensor& weights) {
   const Sizes z = check_plain(value, shapes, locations, weights);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-  const Tensor values = torch::stable::contiguous(value);
-  const Tensor points = torch::stable::contiguous(locations);
-  const Tensor attention = torch::stable::contiguous(weights);
+  const Tensor values = packed(value);
+  const Tensor points = packed(locations);
+  const Tensor attention = packed(weights);
   Tensor output = torch::stable::new_empty(value, {z.N, z.Q, z.M * z.D});
   with_storage(value, [&](auto storage) {
     using T = decltype(storage);
@@ -133,10 +141,10 @@ std::tuple<Tensor, Tensor, Tensor> multi_scale_deformable_attention_backward(
   const Sizes z = check_plain(value, shapes, locations, weights);
   check_grad_output(grad_output, value, z);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-  const Tensor values = torch::stable::contiguous(value);
-  const Tensor points = torch::stable::contiguous(locations);
-  const Tensor attention = torch::stable::contiguous(weights);
-  const Tensor grad = torch::stable::contiguous(grad_output);
+  const Tensor values = packed(value);
+  const Tensor points = packed(locations);
+  const Tensor attention = packed(weights);
+  const Tensor grad = packed(grad_output);
   Tensor grad_points = torch::stable::new_empty(locations, locations.sizes());
   Tensor grad_weights = torch::stable::new_empty(weights, weights.sizes());
   Owned owned(value, z);
@@ -158,10 +166,10 @@ Tensor fused_deformable_attention(
     const Tensor& offsets, const Tensor& logits) {
   const Sizes z = check_fused(value, shapes, reference_points, offsets, logits);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-  const Tensor values = torch::stable::contiguous(value);
-  const Tensor reference = torch::stable::contiguous(reference_points);
-  const Tensor points = torch::stable::contiguous(offsets);
-  const Tensor weights = torch::stable::contiguous(logits);
+  const Tensor values = packed(value);
+  const Tensor reference = packed(reference_points);
+  const Tensor points = packed(offsets);
+  const Tensor weights = packed(logits);
   Tensor output = torch::stable::new_empty(value, {z.N, z.Q, z.M * z.D});
   with_storage(value, [&](auto storage) {
     using T = decltype(storage);
@@ -182,11 +190,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
   const Sizes z = check_fused(value, shapes, reference_points, offsets, logits);
   check_grad_output(grad_output, value, z);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-  const Tensor values = torch::stable::contiguous(value);
-  const Tensor reference = torch::stable::contiguous(reference_points);
-  const Tensor points = torch::stable::contiguous(offsets);
-  const Tensor weights = torch::stable::contiguous(logits);
-  const Tensor grad = torch::stable::contiguous(grad_output);
+  const Tensor values = packed(value);
+  const Tensor reference = packed(reference_points);
+  const Tensor points = packed(offsets);
+  const Tensor weights = packed(logits);
+  const Tensor grad = packed(grad_output);
   Tensor grad_points = torch::stable::new_empty(offsets, offsets.sizes());
   Tensor grad_weights = torch::stable::new_empty(logits, logits.sizes());
   Tensor parts = torch::stable::new_empty(

@@ -16,8 +16,6 @@ struct Launch {
   int64_t bytes;  // of shared memory a block; more than kSharedBytes where nothing fits
 };
 
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // Blocks of as many threads as shared memory has room for, up to `threads`. Queries that are not
 // the tokens, as a decoder's, share no tile: small blocks spread the few that there are.
 template <typename T>
@@ -30,12 +28,12 @@ Launch divide(Attention<T>& p, int lanes, int threads, int64_t bytes_of_warp) {
 }
 
 // Calls `call(C, G)`: loads of C channels, 16 bytes where every head begins at a multiple of
-// that, and G lanes a row.
+// that, as all tensors do, and G lanes a row.
 template <typename T, typename Call>
-void with_layout(const Attention<T>& p, const void* other, const Call& call) {
+void with_layout(const Attention<T>& p, const Call& call) {
   using std::integral_constant;
   constexpr int kLoad = 16 / sizeof(T);
-  if (p.D % kLoad != 0 || !aligned(p.value) || !aligned(other)) {
+  if (p.D % kLoad != 0) {
     call(integral_constant<int, 1>{}, integral_constant<int, 8>{});
   } else if (p.D <= 4 * kLoad) {
     call(integral_constant<int, kLoad>{}, integral_constant<int, 4>{});
@@ -46,7 +44,7 @@ void with_layout(const Attention<T>& p, const void* other, const Call& call) {
 
 template <typename T, typename Run>
 void run_forward(Attention<T>& p, const Run& run) {
-  with_layout(p, p.output, [&](auto channels, auto lanes) {
+  with_layout(p, [&](auto channels, auto lanes) {
     constexpr int C = decltype(channels)::value, G = decltype(lanes)::value;
     const Launch launch = divide(p, G, kForwardThreads, sizeof(ForwardShared<Wide<T>>));
     if (launch.blocks > 0) run(forward_kernel<T, C, G>, launch, p);
@@ -57,7 +55,7 @@ void run_forward(Attention<T>& p, const Run& run) {
 template <typename T, typename Run>
 void run_backward(Attention<T>& p, Owners<T>& owners, const Run& run) {
   using A = Wide<T>;
-  with_layout(p, p.grad_output, [&](auto channels, auto lanes) {
+  with_layout(p, [&](auto channels, auto lanes) {
     constexpr int C = decltype(channels)::value, G = decltype(lanes)::value;
     const int64_t points = int64_t{p.points_per_row()} * (kWarp / G);
     const Launch launch = divide(p, G, kBackwardThreads, BackwardShared<A>::bytes(points));
@@ -72,7 +70,7 @@ void run_backward(Attention<T>& p, Owners<T>& owners, const Run& run) {
   if (boxes > 0) run(box_kernel<T>, Launch{boxes, kBoxThreads, 0}, owners);
   static_assert(sizeof(OwnersShared<A>) <= kSharedBytes);
   const Launch launch{owners.blocks(), kOwners * kWarp, sizeof(OwnersShared<A>)};
-  if (p.D % kVector<A> == 0 && aligned(p.grad_output) && aligned(owners.grad_value)) {
+  if (p.D % kVector<A> == 0) {
     run(owners_kernel<T, true>, launch, owners);
   } else {
     run(owners_kernel<T, false>, launch, owners);
