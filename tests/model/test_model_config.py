@@ -26,7 +26,10 @@ def test_two_stage_implies_refinement() -> None:
     [
         ({"num_classes": 0}, "num_classes: got 0, expected at least 1"),
         ({"num_queries": -3}, "num_queries: got -3"),
-        ({"backbone": "resnet18"}, "got 'resnet18', expected one of resnet50, resnet101, tiny"),
+        ({"neck": "pan"}, "neck: got 'pan', expected one of plain, fpn, bifpn"),
+        ({"num_levels": 1, "neck": "fpn"}, "got fpn, True with num_levels=1"),
+        ({"num_levels": 1, "level_exchange": False}, "got plain, False with num_levels=1"),
+        ({"backbone": "resnet18"}, "got 'resnet18', expected one of resnet50, resnet101"),
         ({"num_levels": 2}, "num_levels: got 2, expected 1, or 3 and up"),
         ({"hidden_dim": 100}, "hidden_dim: got 100, expected a multiple of 32"),
         ({"num_heads": 7}, "num_heads=7"),
