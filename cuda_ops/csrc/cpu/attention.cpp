@@ -8,12 +8,15 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <tuple>
 
 namespace cuda_ops {
 namespace {
 
 using Shapes = std::vector<int64_t>;
+
+constexpr int64_t kRows = 64;  // queries that are worth a task
 
 StorageType storage_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -47,33 +50,59 @@ class Scratch {
   void* memory_;
 };
 
+// Into how many parts each head's work is best split so that all threads have as much to do.
+int64_t parts_per_head(int64_t heads) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return heads >= 4 * threads ? 1 : threads / std::gcd(heads, threads);
+}
+
 void run_forward(const Problem& p, const Kernels& kernels) {
   const int64_t heads = p.N * p.M;
   if (heads == 0 || p.Q == 0) return;
-  // A head's queries are shared out only where heads are too few for the threads, and not into
-  // parts so small that copying the head's values would cost more than gathering from them.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t worthwhile = std::max<int64_t>(1, p.Q * p.L * p.K / p.S);
-  const int64_t parts =
-      std::clamp<int64_t>((threads + heads - 1) / heads, 1, std::min(worthwhile, p.Q));
-  const int64_t bytes = kernels.scratch_bytes(p, false);
+  const int64_t slice_bytes = kernels.slice_bytes(p);
+  const int64_t scratch_bytes = kernels.forward_scratch_bytes(p);
+  const int64_t parts = std::min(parts_per_head(heads), (p.Q + kRows - 1) / kRows);
+  if (parts == 1) {
+    // A head's slice stays in the cache of the core that packed it.
+    torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+      const Scratch slice(slice_bytes), scratch(scratch_bytes);
+      for (int64_t head = begin; head < end; ++head) {
+        kernels.pack(p, head / p.M, head % p.M, 0, p.L, slice.get());
+        kernels.forward(p, head / p.M, head % p.M, 0, p.Q, slice.get(), scratch.get());
+      }
+    });
+    return;
+  }
+  const Scratch slices(heads * slice_bytes);
+  const auto slice = [&](int64_t head) {
+    return static_cast<char*>(slices.get()) + head * slice_bytes;
+  };
+  torch::stable::parallel_for(0, heads * p.L, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / p.L, level = task % p.L;
+      kernels.pack(p, head / p.M, head % p.M, level, level + 1, slice(head));
+    }
+  });
   torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(bytes);
+    const Scratch scratch(scratch_bytes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, part = task % parts;
       kernels.forward(
-          p, head / p.M, head % p.M, p.Q * part / parts, p.Q * (part + 1) / parts, scratch.get());
+          p, head / p.M, head % p.M, p.Q * part / parts, p.Q * (part + 1) / parts, slice(head),
+          scratch.get());
     }
   });
 }
 
-void run_backward(const Problem& p, const Kernels& kernels) {
+// Levels are independent of each other in the backward, so they become tasks of their own where
+// heads alone do not keep all threads busy.
+bool splits_levels(const Sizes& z) { return z.L > 1 && parts_per_head(z.N * z.M) > 1; }
+
+void run_backward(const Problem& p, const Kernels& kernels, bool split) {
   const int64_t heads = p.N * p.M;
   if (heads == 0) return;
-  // Levels are independent of each other, so they become tasks where heads are too few.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t groups = heads >= threads ? 1 : p.L;
-  const int64_t bytes = kernels.scratch_bytes(p, true);
+  const int64_t groups = split ? p.L : 1;
+  const int64_t bytes = kernels.scatter_scratch_bytes(p);
   torch::stable::parallel_for(0, heads * groups, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
     for (int64_t task = begin; task < end; ++task) {
@@ -83,13 +112,13 @@ void run_backward(const Problem& p, const Kernels& kernels) {
           scratch.get());
     }
   });
-  if (p.R == 0 || p.Q == 0) return;
-  constexpr int64_t kRows = 64;  // queries that are worth a task
+  if (p.weight_dots == nullptr && p.reference_parts == nullptr) return;
   const int64_t parts = (p.Q + kRows - 1) / kRows;
   torch::stable::parallel_for(0, p.N * parts, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(kernels.finish_scratch_bytes(p));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t q0 = task % parts * kRows;
-      kernels.finish(p, task / parts, q0, std::min(q0 + kRows, p.Q));
+      kernels.finish(p, task / parts, q0, std::min(q0 + kRows, p.Q), scratch.get());
     }
   });
 }
@@ -126,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> multi_scale_deformable_attention_backward(
   p.grad_value = grad_value.mutable_data_ptr();
   p.grad_points = grad_points.mutable_data_ptr();
   p.grad_weights = grad_weights.mutable_data_ptr();
-  run_backward(p, kernels_for(storage_type(value)));
+  run_backward(p, kernels_for(storage_type(value)), splits_levels(z));
   return {grad_value, grad_points, grad_weights};
 }
 
@@ -161,7 +190,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
   Tensor grad_value = torch::stable::new_empty(value, value.sizes());
   Tensor grad_points = torch::stable::new_empty(offsets, offsets.sizes());
   Tensor grad_weights = torch::stable::new_empty(logits, logits.sizes());
-  Tensor weight_dots = torch::stable::new_empty(value, logits.sizes(), wide);
+  const bool split = splits_levels(z);
+  Tensor weight_dots =
+      torch::stable::new_empty(value, {split ? z.N : 0, z.Q, z.M, z.L * z.K}, wide);
   Tensor grad_reference = reference_gradient
       ? torch::stable::new_empty(reference_points, reference_points.sizes())
       : torch::stable::new_empty(reference_points, {0});
@@ -176,12 +207,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
   p.grad_value = grad_value.mutable_data_ptr();
   p.grad_points = grad_points.mutable_data_ptr();
   p.grad_weights = grad_weights.mutable_data_ptr();
-  p.weight_dots = weight_dots.mutable_data_ptr();
+  if (split) p.weight_dots = weight_dots.mutable_data_ptr();
   if (reference_gradient) {
     p.grad_reference = grad_reference.mutable_data_ptr();
     p.reference_parts = reference_parts.mutable_data_ptr();
   }
-  run_backward(p, kernels_for(storage_type(value)));
+  run_backward(p, kernels_for(storage_type(value)), split);
   return {grad_value, grad_reference, grad_points, grad_weights};
 }
 

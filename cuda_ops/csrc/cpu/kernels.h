@@ -25,22 +25,31 @@ struct Problem {
   void* grad_points;           // as points
   void* grad_weights;          // as weights
   void* grad_reference;        // as reference, or null
-  void* weight_dots;           // scratch [N, Q, M, L * K] (wide type), only where R > 0
+  void* weight_dots;           // scratch [N, Q, M, L * K] (wide type) if levels are split, R > 0
   void* reference_parts;       // scratch [N, Q, M, L, R] (wide type), or null
 };
 
-// Forward and scatter work on one (image, head) at a time, whose slice of `value` they copy into
-// `scratch` (64-byte aligned, of scratch_bytes); whatever the split into tasks, every sum is taken
-// by one task in one order, so results do not depend on the number of threads.
+// Forward and scatter work on a copy of the slice of `value` that belongs to one (image, head).
+// However the work is split into tasks, every sum is taken by one task in one order, so results do
+// not depend on the number of threads. Slices and scratch are 64-byte aligned.
 struct Kernels {
   const char* name;
-  int64_t (*scratch_bytes)(const Problem&, bool backward);
-  // Outputs of queries [q0, q1).
-  void (*forward)(const Problem&, int64_t n, int64_t m, int64_t q0, int64_t q1, void* scratch);
-  // Gradients of value, points and (R = 0) weights over levels [l0, l1) and all queries.
+  int64_t (*slice_bytes)(const Problem&);
+  int64_t (*forward_scratch_bytes)(const Problem&);
+  int64_t (*scatter_scratch_bytes)(const Problem&);
+  int64_t (*finish_scratch_bytes)(const Problem&);
+  // Copies levels [l0, l1) into their place in the slice.
+  void (*pack)(const Problem&, int64_t n, int64_t m, int64_t l0, int64_t l1, void* slice);
+  // Outputs of queries [q0, q1) from a whole slice.
+  void (*forward)(
+      const Problem&, int64_t n, int64_t m, int64_t q0, int64_t q1, const void* slice,
+      void* scratch);
+  // Gradients over levels [l0, l1) and all queries: of value, points and (R = 0, or all levels)
+  // weights; of weights else only the dots with grad_output, for `finish`.
   void (*scatter)(const Problem&, int64_t n, int64_t m, int64_t l0, int64_t l1, void* scratch);
-  // Gradients of logits and reference points of queries [q0, q1) from what scatter left; R > 0.
-  void (*finish)(const Problem&, int64_t n, int64_t q0, int64_t q1);
+  // For queries [q0, q1), from what scatter left: the gradients of logits where levels were split,
+  // and of reference points.
+  void (*finish)(const Problem&, int64_t n, int64_t q0, int64_t q1, void* scratch);
 };
 
 // One table per instruction set that the compiler could build for; see dispatch.cpp.

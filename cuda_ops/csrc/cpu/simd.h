@@ -21,55 +21,40 @@ struct VectorOf {
 };
 template <typename T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-template <typename T>
-using Vector = typename VectorOf<T, kLanes<T>>::type;
+template <typename T, int lanes = kLanes<T>>
+using Vector = typename VectorOf<T, lanes>::type;
 
-#if defined(__clang__)
-#define CUDA_OPS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define CUDA_OPS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Index){__VA_ARGS__})
-#endif
+// Lane numbers for __builtin_shuffle: each lane's partner at `distance`. With two vectors, lanes
+// whose number holds `distance` look at the second, whose lanes count on from those of the first.
+template <typename T, int lanes, int distance>
+inline auto partners(bool of_two) {
+  decltype(Vector<T, lanes>{} < Vector<T, lanes>{}) numbers;  // integers as wide as T
+  for (int lane = 0; lane < lanes; ++lane)
+    numbers[lane] = (lane ^ distance) + (of_two && lane & distance ? lanes : 0);
+  return numbers;
+}
 
-template <typename T>
-struct IndexOf;
-template <>
-struct IndexOf<float> {
-  typedef int32_t type __attribute__((vector_size(16)));
-};
-template <>
-struct IndexOf<double> {
-  typedef int64_t type __attribute__((vector_size(32)));
-};
+// Every lane of the result holds `combine` over all lanes of v.
+template <typename T, int distance = kLanes<T> / 2, typename Combine>
+inline Vector<T> over_lanes(Vector<T> v, Combine combine) {
+  if constexpr (distance > 0) {
+    v = combine(v, __builtin_shuffle(v, partners<T, kLanes<T>, distance>(false)));
+    return over_lanes<T, distance / 2>(v, combine);
+  }
+  return v;
+}
 
-// Sums the lanes of four vectors at once: {sum(a), sum(b), sum(c), sum(d)} into out[0..3].
-template <typename T, int lanes>
-inline __attribute__((always_inline)) void add_lane_sums(
-    const typename VectorOf<T, lanes>::type (&rows)[4], T* out) {
-  if constexpr (lanes > 4) {
-    typedef typename VectorOf<T, lanes / 2>::type Half;
-    Half halves[4];
-    for (int i = 0; i < 4; ++i) {
-      Half parts[2];
-      __builtin_memcpy(parts, &rows[i], sizeof(rows[i]));
-      halves[i] = parts[0] + parts[1];
-    }
-    add_lane_sums<T, lanes / 2>(halves, out);
-  } else if constexpr (lanes == 4) {
-    [[maybe_unused]] typedef typename IndexOf<T>::type Index;
-    const auto ab = CUDA_OPS_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5) +
-                    CUDA_OPS_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7);  // a02 b02 a13 b13
-    const auto cd = CUDA_OPS_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5) +
-                    CUDA_OPS_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
-    const auto sums =
-        CUDA_OPS_SHUFFLE(ab, cd, 0, 1, 4, 5) + CUDA_OPS_SHUFFLE(ab, cd, 2, 3, 6, 7);
-    typename VectorOf<T, 4>::type before;
-    __builtin_memcpy(&before, out, sizeof(before));
-    before += sums;
-    __builtin_memcpy(out, &before, sizeof(before));
+// Lane i of the result is the sum over the lanes of rows[i]: at each step two vectors become one by
+// adding the halves of each.
+template <typename T, int lanes, int distance = 1>
+inline __attribute__((always_inline)) Vector<T, lanes> lane_sums(const Vector<T, lanes>* rows) {
+  if constexpr (distance == lanes) {
+    return rows[0];
   } else {
-    for (int i = 0; i < 4; ++i) {
-      for (int lane = 0; lane < lanes; ++lane) out[i] += rows[i][lane];
-    }
+    const Vector<T, lanes> a = lane_sums<T, lanes, 2 * distance>(rows);
+    const Vector<T, lanes> b = lane_sums<T, lanes, 2 * distance>(rows + distance);
+    const auto moved = partners<T, lanes, distance>(true), kept = moved ^ distance;
+    return __builtin_shuffle(a, b, kept) + __builtin_shuffle(a, b, moved);
   }
 }
 
@@ -111,6 +96,11 @@ inline float widen(Half x) {
   return bits_as<float>(wide | (uint32_t{x.bits & 0x8000u} << 16));
 }
 
+template <typename T>
+inline void widen_row(const T* __restrict source, int64_t count, Wide<T>* __restrict target) {
+  for (int64_t i = 0; i < count; ++i) target[i] = widen(source[i]);
+}
+
 inline void narrow(float from, float& to) { to = from; }
 inline void narrow(double from, double& to) { to = from; }
 inline void narrow(float from, BFloat16& to) {
@@ -129,6 +119,11 @@ inline void narrow(float from, Half& to) {
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   to.bits = static_cast<uint16_t>(half | sign);
+}
+
+template <typename T>
+inline void narrow_row(const Wide<T>* __restrict source, int64_t count, T* __restrict target) {
+  for (int64_t i = 0; i < count; ++i) narrow(source[i], target[i]);
 }
 
 // exp of x <= 0 to about one unit in the last place, without a call, so that loops over it
