@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(
         commands,
         "benchmark",
-        "Time the fused operator against the grid_sample formulation.",
+        "Time the fused operator, and measure its memory, against the grid_sample formulation.",
         "python -m cuda_ops benchmark --threads 2 --output benchmark.json",
     )
     _device(command)
@@ -70,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
         "--spread", type=float, default=2.0, help="pixels of offset, standard deviation (2)"
     )
     command.add_argument("--seconds", type=float, default=1.0, help="for each measurement (1)")
+    command.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="NAME=MODULE:FUNCTION",
+        help="time another implementation too, with the arguments of the official "
+        "MSDeformAttnFunction.apply; may be given several times",
+    )
     command.add_argument("--output", type=Path, help="write the figures as JSON, too")
     command.set_defaults(run=_benchmark)
     return parser
@@ -141,13 +149,17 @@ def _benchmark(options: argparse.Namespace) -> int:
     device = _chosen_device(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    from cuda_ops.benchmark import benchmark, report, surroundings, table
+    from cuda_ops.benchmark import HEAD, benchmark, report, surroundings, table
 
     facts = surroundings(device, options.spread)
     for name, fact in facts.items():
         print(f"{name}: {fact}")
-    rows = benchmark(device, options.spread, options.seconds)
-    print(table(rows))
+    rows = []
+    for compared in benchmark(device, options.spread, options.seconds, options.beside):
+        if not rows:
+            print(HEAD)
+        rows += compared
+        print(table(compared), flush=True)
     if options.output is not None:
         options.output.write_text(json.dumps(report(rows, facts), indent=2) + "\n")
         print(f"written: {options.output}")

@@ -37,3 +37,8 @@ const Kernels& kernels_for(StorageType type) {
 }
 
 }  // namespace cuda_ops
+
+// For `python -m cuda_ops benchmark`, which calls it through ctypes: the name of the set in use.
+extern "C" __attribute__((visibility("default"))) const char* cuda_ops_instruction_set() {
+  return cuda_ops::kernels_for(cuda_ops::kFloat).name;
+}

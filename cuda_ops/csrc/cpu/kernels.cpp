@@ -20,9 +20,9 @@ struct Head {
   A* rows;           // [row, channels]: output or grad_output
   // Backward only:
   A* pixels;         // [bordered pixel, 2, channels]: values and gradient
-  A* dots;           // [row, k, corner]: <grad_output, corner>
-  A *grad_x, *grad_y;  // [row, k]
-  A* grad_weights;   // [row, l, k]
+  A* dots;           // [row, k, corner] of one level: <grad_output, corner>
+  A *grad_x, *grad_y, *grad_weight;  // [l - l0, row, k]
+  A* row_grad;       // [l - l0, k]: grad_weight of one row
 
   Head(Arena& arena, const Problem& p, int64_t l0, int64_t l1, bool backward)
       : channels(row_pitch<T>(p)), points(arena, p, l0, l1) {
@@ -30,9 +30,9 @@ struct Head {
     if (!backward) return;
     pixels = arena.take<A>(bordered_pixels(p, l0, l1) * 2 * channels);
     dots = arena.take<A>(4 * points.capacity);
-    grad_x = arena.take<A>(points.capacity);
-    grad_y = arena.take<A>(points.capacity);
-    grad_weights = arena.take<A>(points.rows * p.L * p.K);
+    A** arrays[] = {&grad_x, &grad_y, &grad_weight};
+    for (A** array : arrays) *array = arena.take<A>((l1 - l0) * points.capacity);
+    row_grad = arena.take<A>((l1 - l0) * p.K);
   }
 };
 
@@ -164,7 +164,7 @@ void forward(
   points.set_scales(p);
   for (int64_t q = q0; q < q1; q += points.rows) {
     const int64_t rows = q1 - q < points.rows ? q1 - q : points.rows;
-    load_rows<T>(p, points, n, q, m, rows);
+    with_constant(p.K, [&](auto K) { load_rows<T>(p, K, points, n, q, m, rows); });
     clear(head.rows, rows * head.channels);
     for (int64_t l = 0; l < p.L; ++l) {
       place(p, points, l, bordered_pixels(p, 0, l), rows);
@@ -192,9 +192,9 @@ void point_gradients(const Problem& p, Head<T>& head, int64_t l, int64_t rows) {
   const int32_t* __restrict upper = points.upper;
   const int32_t* __restrict lower = points.lower;
   const A* __restrict dots = head.dots;
-  A* __restrict grad_x = head.grad_x;
-  A* __restrict grad_y = head.grad_y;
-  A* __restrict weight = points.shares[0];  // done with
+  A* __restrict grad_x = head.grad_x + start;
+  A* __restrict grad_y = head.grad_y + start;
+  A* __restrict grad_weight = head.grad_weight + start;
   const int64_t count = round_up(rows * p.K, kPadding);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
@@ -205,11 +205,8 @@ void point_gradients(const Problem& p, Head<T>& head, int64_t l, int64_t rows) {
     const A y = attention[i] * (below - above);
     grad_x[i] = inside ? x : A{0};
     grad_y[i] = inside ? y : A{0};
-    weight[i] = inside ? above + bottom[i] * (below - above) : A{0};
+    grad_weight[i] = inside ? above + bottom[i] * (below - above) : A{0};
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < p.K; ++k)
-      head.grad_weights[(r * p.L + l) * p.K + k] = weight[r * p.K + k];
 }
 
 // The gradient of a row's logits from that of its weights.
@@ -221,15 +218,15 @@ __attribute__((noinline)) void softmax_gradient(
   using V = Vector<Wide<T>>;
   constexpr int lanes = kLanes<Wide<T>>;
   V products = {};
-  int64_t j = 0;
-  for (; j + lanes <= count; j += lanes) {
+  const int64_t whole = count / lanes * lanes;
+  for (int64_t j = 0; j < whole; j += lanes) {
     V weight, dot;
     __builtin_memcpy(&weight, weights + j, sizeof(V));
     __builtin_memcpy(&dot, dots + j, sizeof(V));
     products += weight * dot;
   }
   Wide<T> mean = over_lanes<Wide<T>>(products, [](V a, V b) { return a + b; })[0];
-  for (; j < count; ++j) mean += weights[j] * dots[j];
+  for (int64_t j = whole; j < count; ++j) mean += weights[j] * dots[j];
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) narrow(weights[i] * (dots[i] - mean), grads[i]);
 }
@@ -251,34 +248,21 @@ inline void store_pairs(
   }
 }
 
-// Writes the gradients of the raw inputs of row r, level l, which is row `row` of the tensors, and
-// what they give to that of the row's reference point.
+// What the points of a row's level give to the gradient of the row's reference point there; they
+// begin at `begin` in the arrays of `head`.
 template <typename T>
-inline void store_points(
-    const Problem& p, const Head<T>& head, int64_t row, int64_t l, int64_t r) {
+void reference_part(
+    const Problem& p, const Head<T>& head, int64_t row, int64_t l, int64_t begin) {
   using A = Wide<T>;
-  const Points<A>& points = head.points;
-  const int64_t K = p.K, raw = (l - points.l0) * points.capacity + r * K;
-  const int64_t target = (row * p.L + l) * K * 2;
-  const A* grad_x = head.grad_x + r * K;
-  const A* grad_y = head.grad_y + r * K;
-  const A* scale_x = points.scale_x + raw;
-  const A* scale_y = points.scale_y + raw;
-  if (p.R == 0) {
-    store_pairs(static_cast<A*>(p.grad_points) + target, K, grad_x, scale_x, grad_y, scale_y);
-    return;
-  }
-  store_pairs(static_cast<T*>(p.grad_points) + target, K, grad_x, scale_x, grad_y, scale_y);
-  if (p.reference_parts == nullptr) return;
   A x = 0, y = 0, w = 0, h = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    x += grad_x[k];
-    y += grad_y[k];
-    w += grad_x[k] * points.x[raw + k];
-    h += grad_y[k] * points.y[raw + k];
+  for (int64_t i = begin; i < begin + p.K; ++i) {
+    x += head.grad_x[i];
+    y += head.grad_y[i];
+    w += head.grad_x[i] * head.points.x[i];
+    h += head.grad_y[i] * head.points.y[i];
   }
   const A width = static_cast<A>(p.shapes[2 * l + 1]), height = static_cast<A>(p.shapes[2 * l]);
-  const A box_unit = static_cast<A>(0.5) / static_cast<A>(K);
+  const A box_unit = static_cast<A>(0.5) / static_cast<A>(p.K);
   A* part = static_cast<A*>(p.reference_parts) + (row * p.L + l) * p.R;
   part[0] = x * width;
   part[1] = y * height;
@@ -288,13 +272,50 @@ inline void store_points(
   }
 }
 
+// Writes the gradients of row r, all but that of value; `row` is its number in the tensors.
+template <typename T, typename PointsPerLevel>
+void store_row(
+    const Problem& p, PointsPerLevel K, const Head<T>& head, int64_t row, int64_t r) {
+  using A = Wide<T>;
+  const Points<A>& points = head.points;
+  const int64_t size = (points.l1 - points.l0) * K, count = p.L * K;
+  const int64_t target = row * count + points.l0 * K, next = kAhead * p.M * count;
+  T* grad_weights = static_cast<T*>(p.grad_weights) + target;
+  prefetch<1>(grad_weights + next, size);
+  prefetch<1>(static_cast<T*>(p.grad_points) + (target + next) * 2, size * 2);
+  for (int64_t l = points.l0; l < points.l1; ++l) {
+    const int64_t begin = (l - points.l0) * points.capacity + r * K;
+    const int64_t offset = (l - points.l0) * K;
+    for (int64_t k = 0; k < K; ++k) head.row_grad[offset + k] = head.grad_weight[begin + k];
+    const A* x = head.grad_x + begin;
+    const A* y = head.grad_y + begin;
+    const A* scale_x = points.scale_x + begin;
+    const A* scale_y = points.scale_y + begin;
+    if (p.R == 0) {
+      A* grad_points = static_cast<A*>(p.grad_points) + (target + offset) * 2;
+      store_pairs(grad_points, K, x, scale_x, y, scale_y);
+    } else {
+      T* grad_points = static_cast<T*>(p.grad_points) + (target + offset) * 2;
+      store_pairs(grad_points, K, x, scale_x, y, scale_y);
+      if (p.reference_parts != nullptr) reference_part(p, head, row, l, begin);
+    }
+  }
+  if (p.R == 0) {
+    narrow_row(head.row_grad, size, grad_weights);
+  } else if (size == count) {
+    softmax_gradient(points.row_weights + r * points.pitch, head.row_grad, count, grad_weights);
+  } else {
+    narrow_row(head.row_grad, size, static_cast<A*>(p.weight_dots) + target);
+  }
+}
+
 template <typename T>
 void scatter(const Problem& p, int64_t n, int64_t m, int64_t l0, int64_t l1, void* scratch) {
   using A = Wide<T>;
   Arena arena{static_cast<char*>(scratch)};
   Head<T> head(arena, p, l0, l1, true);
   Points<A>& points = head.points;
-  const int64_t channels = head.channels, count = p.L * p.K;
+  const int64_t channels = head.channels;
   points.set_scales(p);
   copy_in<T>(p, n, m, l0, l1, 2 * channels, head.pixels);
   clear(head.rows, points.rows * channels);
@@ -302,7 +323,7 @@ void scatter(const Problem& p, int64_t n, int64_t m, int64_t l0, int64_t l1, voi
   for (int64_t q = 0; q < p.Q; q += points.rows) {
     const int64_t rows = p.Q - q < points.rows ? p.Q - q : points.rows;
     const int64_t first_row = (n * p.Q + q) * p.M + m;
-    load_rows<T>(p, points, n, q, m, rows);
+    with_constant(p.K, [&](auto K) { load_rows<T>(p, K, points, n, q, m, rows); });
     for (int64_t r = 0; r < rows; ++r) {
       const T* grad_output = static_cast<const T*>(p.grad_output) + (first_row + r * p.M) * p.D;
       prefetch<0>(grad_output + kAhead * p.M * p.D, p.D);
@@ -316,20 +337,10 @@ void scatter(const Problem& p, int64_t n, int64_t m, int64_t l0, int64_t l1, voi
             points, rows, p.K, head.pixels + c, channels, head.rows + c, head.dots);
       });
       point_gradients(p, head, l, rows);
-      for (int64_t r = 0; r < rows; ++r) store_points(p, head, first_row + r * p.M, l, r);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const A* grad = head.grad_weights + r * count + l0 * p.K;
-      const int64_t row = first_row + r * p.M, size = (l1 - l0) * p.K;
-      T* target = static_cast<T*>(p.grad_weights) + row * count + l0 * p.K;
-      if (p.R == 0) {
-        narrow_row(grad, size, target);
-      } else if (size == count) {
-        softmax_gradient(points.row_weights + r * points.pitch, grad, count, target);
-      } else {
-        narrow_row(grad, size, static_cast<A*>(p.weight_dots) + row * count + l0 * p.K);
-      }
-    }
+    with_constant(p.K, [&](auto K) {
+      for (int64_t r = 0; r < rows; ++r) store_row(p, K, head, first_row + r * p.M, r);
+    });
   }
   copy_out<T>(p, n, m, l0, l1, 2 * channels, head.pixels + channels);
 }

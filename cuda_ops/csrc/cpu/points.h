@@ -79,6 +79,16 @@ inline void softmax(const T* logits, int64_t count, Wide<T>* weights) {
   count == 16 ? softmax<T, 16>(logits, count, weights) : softmax<T, 0>(logits, count, weights);
 }
 
+// Calls `body` with the number of points per level, which is a constant to the compiler if it is 4,
+// as it is in nearly every model: loops over it are too short to pay for a general form.
+struct Four {
+  constexpr operator int64_t() const { return 4; }
+};
+template <typename Body>
+inline void with_constant(int64_t K, Body body) {
+  K == 4 ? body(Four{}) : body(K);
+}
+
 template <typename T>
 inline void load_pairs(
     const T* __restrict source, int64_t count, Wide<T>* __restrict x, Wide<T>* __restrict y) {
@@ -93,13 +103,13 @@ inline void fill(A* array, int64_t count, A number) {
   for (int64_t i = 0; i < count; ++i) array[i] = number;
 }
 
-// Loads rows [q, q + rows) of head m of image n. kK: points per level where the compiler is to
-// know them, else 0.
-template <typename T, int kK>
+// Loads rows [q, q + rows) of head m of image n.
+template <typename T, typename PointsPerLevel>
 void load_rows(
-    const Problem& p, Points<Wide<T>>& points, int64_t n, int64_t q, int64_t m, int64_t rows) {
+    const Problem& p, PointsPerLevel K, Points<Wide<T>>& points, int64_t n, int64_t q, int64_t m,
+    int64_t rows) {
   using A = Wide<T>;
-  const int64_t K = kK ? kK : p.K, count = p.L * K;
+  const int64_t count = p.L * K;
   const A half = static_cast<A>(0.5), box_unit = half / static_cast<A>(K);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = (n * p.Q + q + r) * p.M + m, next = kAhead * p.M * count;
@@ -135,12 +145,6 @@ void load_rows(
       fill(points.scale_y + target, K, box[3] * h * box_unit);
     }
   }
-}
-
-template <typename T>
-void load_rows(
-    const Problem& p, Points<Wide<T>>& points, int64_t n, int64_t q, int64_t m, int64_t rows) {
-  p.K == 4 ? load_rows<T, 4>(p, points, n, q, m, rows) : load_rows<T, 0>(p, points, n, q, m, rows);
 }
 
 // Places the points of level l of `rows` loaded rows; `first` is the level's first bordered pixel.

@@ -11,7 +11,7 @@ namespace {
 using cuda_ops::Problem;
 
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kAhead = 16;  // rows between asking for one and using it
+constexpr int64_t kAhead = 6;  // rows between asking for one and using it
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
