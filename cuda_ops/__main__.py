@@ -149,12 +149,12 @@ def _benchmark(options: argparse.Namespace) -> int:
     device = _chosen_device(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    from cuda_ops.benchmark import HEAD, benchmark, report, surroundings, table
+    from cuda_ops.benchmark import HEAD, Row, benchmark, report, surroundings, table
 
     facts = surroundings(device, options.spread)
     for name, fact in facts.items():
         print(f"{name}: {fact}")
-    rows = []
+    rows: list[Row] = []
     for compared in benchmark(device, options.spread, options.seconds, options.beside):
         if not rows:
             print(HEAD)

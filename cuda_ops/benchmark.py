@@ -231,13 +231,16 @@ def table(rows: Sequence[Row]) -> str:
         if row.failed is not None:
             lines.append(line + row.failed)
             continue
-        for timing, base in ((row.forward, fused.forward), (row.both, fused.both)):
-            pair = (timing and timing.median, base and base.median)
-            line += _against(*pair, digits=3)
+        line += _against(_median(row.forward), _median(fused.forward), digits=3)
+        line += _against(_median(row.both), _median(fused.both), digits=3)
         line += _against(row.forward_memory, fused.forward_memory, digits=1, width=9)
         line += _against(row.both_memory, fused.both_memory, digits=1, width=9)
         lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def _median(timing: Timing | None) -> float | None:
+    return None if timing is None else timing.median
 
 
 def _against(figure: float | None, base: float | None, digits: int, width: int = 12) -> str:

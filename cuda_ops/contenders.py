@@ -18,7 +18,7 @@ IM2COL_STEP = 64  # images per launch: the official model's
 
 
 def contender(spec: str) -> Contender:
-    """"fused", "grid_sample", or MODULE:FUNCTION (see `beside`).
+    """ "fused", "grid_sample", or MODULE:FUNCTION (see `beside`).
 
     Raises:
         ValueError: there is no such module or function.

@@ -46,11 +46,17 @@ def measure(spec: str, case: Case, inputs: Inputs) -> list[float] | None:
         return [_of_allocator(call) for call in forward_and_both(spec, case, inputs)]
     if not Path("/proc/self/clear_refs").exists():
         return None
-    options = [spec, json.dumps(asdict(case)), str(inputs.value.dtype), str(torch.get_num_threads())]
+    options = [
+        spec,
+        json.dumps(asdict(case)),
+        str(inputs.value.dtype),
+        str(torch.get_num_threads()),
+    ]
+    # Freed blocks go back to the system at once, so that each call is seen whole.
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-m", "cuda_ops.memory", *options],
-        # Freed blocks go back to the system at once, so that each call is seen whole.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        env={**os.environ, **malloc, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=False,

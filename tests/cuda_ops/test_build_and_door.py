@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cuda_ops import benchmark, registers
+from cuda_ops import registers
 from cuda_ops.__main__ import main
 from cuda_ops.build import CUDA_ARCHITECTURES, BuildError, find_nvcc
-from cuda_ops.cases import Case
 from cuda_ops.library import FOLDER, library_path, source_files, sources_digest, stamp_path
 
 PACKAGE = Path(__file__).parents[2] / "cuda_ops"
@@ -370,42 +369,3 @@ def test_check_fails_when_a_kernel_is_wrong(
     monkeypatch.setattr(check, "CONVOLUTIONS", ())
     assert main(["check", "--device", "cpu", "--seed", "1"]) == 1
     assert "FAILED" in capsys.readouterr().out
-
-
-def test_benchmark_table_and_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    case = Case("tiny", N=1, shapes=((4, 4), (2, 2)), M=2, D=8, Q=20, K=2)
-    monkeypatch.setattr(benchmark, "CPU_CASES", (case,))
-    output = tmp_path / "figures.json"
-    threads = torch.get_num_threads()
-    try:
-        arguments = ["--device", "cpu", "--threads", "1", "--seconds", "0.01", "--spread", "3"]
-        assert main(["benchmark", *arguments, "--output", str(output)]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    printed = capsys.readouterr().out
-    assert "tiny" in printed
-    figures = json.loads(output.read_text())
-    assert figures["threads"] == 1
-    assert figures["torch"] == torch.__version__
-    assert "standard deviation 3.0 px" in figures["inputs"]
-    assert [row["dtype"] for row in figures["rows"]] == ["float32", "bfloat16"]
-    for row in figures["rows"]:
-        assert 0 < row["forward"] < row["both"]
-        assert 0 < row["grid_forward"] < row["grid_both"]
-
-
-def test_benchmark_compares_equal_results() -> None:
-    """The grid_sample formulation computes the same attention, or its time would mean nothing."""
-    from cuda_ops.cases import make_inputs
-    from cuda_ops.ops import fused_deformable_attention
-
-    case = Case("equal", N=2, shapes=((5, 4), (2, 3)), M=2, D=8, Q=7, K=3)
-    generator = torch.Generator().manual_seed(0)
-    inputs = make_inputs(case, torch.float64, "cpu", generator, 2.0, margin=0.2).leaves()
-    results = [
-        operator(inputs[0], case.shapes, *inputs[1:])
-        for operator in (benchmark.grid_sample_attention, fused_deformable_attention)
-    ]
-    torch.testing.assert_close(*results)
