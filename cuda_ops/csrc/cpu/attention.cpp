@@ -95,8 +95,12 @@ void run_forward(const Problem& p, const Kernels& kernels) {
 }
 
 // Levels are independent of each other in the backward, so they become tasks of their own where
-// heads alone do not keep all threads busy.
-bool splits_levels(const Sizes& z) { return z.L > 1 && parts_per_head(z.N * z.M) > 1; }
+// that shortens the longest thread's work, although a head costs a quarter more in levels.
+bool splits_levels(const Sizes& z) {
+  const int64_t threads = torch::stable::get_num_threads(), heads = z.N * z.M;
+  const auto longest = [threads](int64_t tasks) { return (tasks + threads - 1) / threads; };
+  return 5 * longest(heads * z.L) < 4 * z.L * longest(heads);
+}
 
 void run_backward(const Problem& p, const Kernels& kernels, bool split) {
   const int64_t heads = p.N * p.M;
