@@ -32,11 +32,7 @@ INCLUDES = [f"-I{TORCH / 'include'}"]
 HOST_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 # Errno and floating point traps keep loops with calls or comparisons from vectorising; unlike
 # -ffast-math, these two leave infinities, NaN and the order of sums alone.
-KERNEL_FLAGS = [
-    *("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-    # Rows are short: a call of memcpy for each costs more than the copy.
-    "-fno-tree-loop-distribute-patterns",
-]
+KERNEL_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],

@@ -6,12 +6,12 @@
 
 namespace {
 
-constexpr int64_t kPadding = 16;  // the longest vector of floats
-constexpr int64_t kBlock = 256;   // points per level that are prepared together
+constexpr int64_t kPadding = 16;  // points: the longest vector of floats
+constexpr int64_t kBlock = 256;   // points of a level that are prepared together
 
-// Points of levels [l0, l1) of up to `rows` rows. Level by level: then what one level's points touch
-// stays in the L1 cache from row to row. Whatever lies behind the last row is computed along, and
-// never read.
+// Points of levels [l0, l1) of up to `rows` rows. They are used level by level: what the points of
+// one level touch stays in the L1 cache from row to row. Whatever lies behind the last row is
+// computed along, and never read.
 template <typename A>
 struct Points {
   int64_t l0, l1, rows, capacity;  // of a level's arrays
@@ -177,7 +177,8 @@ void place(const Problem& p, Points<A>& points, int64_t l, int64_t first, int64_
     const bool inside =
         (given_x > A{-1}) & (given_x < width) & (given_y > A{-1}) & (given_y < height);
     // A point outside goes to the border's corner, with no weight.
-    const A x = inside ? given_x : static_cast<A>(-0.5), y = inside ? given_y : static_cast<A>(-0.5);
+    const A corner = static_cast<A>(-0.5);
+    const A x = inside ? given_x : corner, y = inside ? given_y : corner;
     // Floor: truncation, less one below zero, where x > -1.
     const int32_t column = static_cast<int32_t>(x) - static_cast<int32_t>(x < 0);
     const int32_t line = static_cast<int32_t>(y) - static_cast<int32_t>(y < 0);
@@ -195,8 +196,8 @@ void place(const Problem& p, Points<A>& points, int64_t l, int64_t first, int64_
   }
 }
 
-// The corners of placed points: 0 and 1 of the upper line, 2 and 3 of the lower one. Pointers of its
-// own, which no store through another pointer can seem to change.
+// The corners of placed points: 0 and 1 of the upper line, 2 and 3 of the lower one. It holds the
+// pointers itself, where no store through another pointer can seem to change them.
 template <typename A>
 struct Corners {
   const A* shares[4];

@@ -24,21 +24,34 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 template <typename T, int lanes = kLanes<T>>
 using Vector = typename VectorOf<T, lanes>::type;
 
-// Lane numbers for __builtin_shuffle: each lane's partner at `distance`. With two vectors, lanes
-// whose number holds `distance` look at the second, whose lanes count on from those of the first.
+// Lane numbers for `shuffle`: each lane's partner at `distance`. With two vectors, lanes whose
+// number holds `distance` look at the second, whose lanes count on from those of the first.
 template <typename T, int lanes, int distance>
 inline auto partners(bool of_two) {
-  decltype(Vector<T, lanes>{} < Vector<T, lanes>{}) numbers;  // integers as wide as T
+  decltype(Vector<T, lanes>{} < Vector<T, lanes>{}) numbers{};  // integers as wide as T
   for (int lane = 0; lane < lanes; ++lane)
     numbers[lane] = (lane ^ distance) + (of_two && lane & distance ? lanes : 0);
   return numbers;
+}
+
+template <typename V, typename Numbers>
+inline V shuffle(V a, V b, Numbers numbers) {
+#if defined(__clang__)  // makes a shuffle of the loop; its own notation wants constants
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  V result{};
+  for (int lane = 0; lane < lanes; ++lane)
+    result[lane] = numbers[lane] < lanes ? a[numbers[lane]] : b[numbers[lane] - lanes];
+  return result;
+#else
+  return __builtin_shuffle(a, b, numbers);
+#endif
 }
 
 // Every lane of the result holds `combine` over all lanes of v.
 template <typename T, int distance = kLanes<T> / 2, typename Combine>
 inline Vector<T> over_lanes(Vector<T> v, Combine combine) {
   if constexpr (distance > 0) {
-    v = combine(v, __builtin_shuffle(v, partners<T, kLanes<T>, distance>(false)));
+    v = combine(v, shuffle(v, v, partners<T, kLanes<T>, distance>(false)));
     return over_lanes<T, distance / 2>(v, combine);
   }
   return v;
@@ -54,7 +67,7 @@ inline __attribute__((always_inline)) Vector<T, lanes> lane_sums(const Vector<T,
     const Vector<T, lanes> a = lane_sums<T, lanes, 2 * distance>(rows);
     const Vector<T, lanes> b = lane_sums<T, lanes, 2 * distance>(rows + distance);
     const auto moved = partners<T, lanes, distance>(true), kept = moved ^ distance;
-    return __builtin_shuffle(a, b, kept) + __builtin_shuffle(a, b, moved);
+    return shuffle(a, b, kept) + shuffle(a, b, moved);
   }
 }
 
