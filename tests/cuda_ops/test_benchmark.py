@@ -173,6 +173,19 @@ def test_a_contender_is_called_with_locations_and_weights_in_the_dtype_of_value(
     assert [list(x.shape) for x in seen[1:]] == [[1, 20, 2, 2, 2, 2], [1, 20, 2, 2, 2]]
 
 
+def test_deterministic_mode_is_measured_without_filling_and_left_as_it_was() -> None:
+    seen = []
+
+    def call() -> None:
+        filling = torch.utils.deterministic.fill_uninitialized_memory
+        seen.append((torch.are_deterministic_algorithms_enabled(), filling))
+
+    timings = benchmark._times({"deterministic": call, "fused": call}, "cpu", 0.0)
+    assert timings["fused"].median >= 0
+    assert set(seen) == {(True, False), (False, True)}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_the_instruction_set_is_the_one_in_use() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from cuda_ops.benchmark import *; print(instruction_set())"],
