@@ -118,7 +118,7 @@ def _compare(
         rows[name] = {"case": case.name, "dtype": _short(dtype), "contender": name}
         try:
             difference = _difference(_results(spec, case, sets[0]), expected)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except Exception as error:  # of code that is not ours, which may raise anything
             if spec in ("fused", "grid_sample"):
                 raise
             message = str(error).strip().splitlines() or [""]
