@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cuda_ops.cases import Case, Inputs, make_inputs
 from cuda_ops.contenders import contender
-from cuda_ops.contenders import grid_sample_attention as grid_sample_attention
 from cuda_ops.library import library_path
 from cuda_ops.memory import forward_and_both, measure
 

@@ -423,7 +423,6 @@ def _(
     sizes: list[int],
     locations: Tensor,
     weights: Tensor,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         value.new_empty(value.shape),
@@ -448,7 +447,6 @@ def _(
     offsets: Tensor,
     logits: Tensor,
     reference_gradient: bool,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         value.new_empty(value.shape),
@@ -472,7 +470,6 @@ def _plain_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             ctx.sizes,
             locations,
             weights,
-            torch.are_deterministic_algorithms_enabled(),
         )
     )
     return grad_value, None, grad_locations, grad_weights
@@ -490,7 +487,6 @@ def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             offsets,
             logits,
             wanted,
-            torch.are_deterministic_algorithms_enabled(),
         )
     )
     return grad_value, None, grad_reference if wanted else None, grad_offsets, grad_logits

@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from cuda_ops import reference
-from cuda_ops.benchmark import grid_sample_attention
+from cuda_ops.contenders import grid_sample_attention
 from model import attention
 from model.criterion import Targets, build_criterion
 from model.detr import build_model

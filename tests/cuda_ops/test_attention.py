@@ -187,9 +187,9 @@ def test_opcheck() -> None:
     detached = [x.detach() for x in (value, points, offsets, logits, locations, weights)]
     backward = torch.ops.cuda_ops.fused_deformable_attention_backward.default
     for wanted in (True, False):
-        torch.library.opcheck(backward, (grad, detached[0], sizes, *detached[1:4], wanted, False))
+        torch.library.opcheck(backward, (grad, detached[0], sizes, *detached[1:4], wanted))
     backward = torch.ops.cuda_ops.multi_scale_deformable_attention_backward.default
-    torch.library.opcheck(backward, (grad, detached[0], sizes, *detached[4:], False))
+    torch.library.opcheck(backward, (grad, detached[0], sizes, *detached[4:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache
 
 from cuda_ops.cases import Case, make_inputs
 from cuda_ops.ops import (
@@ -41,6 +42,14 @@ def attend(image: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Te
     return fused + multi_scale_deformable_attention(value, shapes, locations, weights)
 
 
+@pytest.fixture
+def _no_compiled_graphs_of_before() -> Iterator[None]:
+    """inductor keeps graphs between processes, by names and sources that do not hold ours."""
+    with fresh_cache():
+        yield
+
+
+@pytest.mark.usefixtures("_no_compiled_graphs_of_before")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_graph_with_its_backward_for_any_size(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)

@@ -202,7 +202,7 @@ class TestDirectCalls:
             with pytest.raises(RuntimeError, match=message):
                 operators.multi_scale_deformable_attention(value, sizes, *others)
         with pytest.raises(RuntimeError, match=message):
-            operators.multi_scale_deformable_attention_backward(grad, value, sizes, *others, False)
+            operators.multi_scale_deformable_attention_backward(grad, value, sizes, *others)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -229,6 +229,4 @@ class TestDirectCalls:
                 operators.fused_deformable_attention(value, sizes, *others)
         for wanted in (True, False):
             with pytest.raises(RuntimeError, match=message):
-                operators.fused_deformable_attention_backward(
-                    grad, value, sizes, *others, wanted, False
-                )
+                operators.fused_deformable_attention_backward(grad, value, sizes, *others, wanted)

@@ -143,7 +143,7 @@ Tensor multi_scale_deformable_attention(
 
 std::tuple<Tensor, Tensor, Tensor> multi_scale_deformable_attention_backward(
     const Tensor& grad_output, const Tensor& value, const Shapes& shapes, const Tensor& locations,
-    const Tensor& weights, bool /*deterministic: always*/) {
+    const Tensor& weights) {
   const Sizes z = check_plain(value, shapes, locations, weights);
   check_grad_output(grad_output, value, z);
   const Tensor points = torch::stable::contiguous(locations);
@@ -183,7 +183,7 @@ Tensor fused_deformable_attention(
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
     const Tensor& grad_output, const Tensor& value, const Shapes& shapes,
     const Tensor& reference_points, const Tensor& offsets, const Tensor& logits,
-    bool reference_gradient, bool /*deterministic: always*/) {
+    bool reference_gradient) {
   const Sizes z = check_fused(value, shapes, reference_points, offsets, logits);
   check_grad_output(grad_output, value, z);
   const ScalarType wide = accumulation_type(value.scalar_type());
