@@ -288,15 +288,18 @@ def test_minus_infinity_masks_a_point() -> None:
         torch.testing.assert_close(output, expected)
 
 
-def test_gradients_are_the_same_bits_for_any_number_of_threads() -> None:
-    # Two heads: fewer than four threads, so that levels and queries are split, too.
-    case = Case("threads", 1, ((16, 16), (8, 8), (4, 4)), M=2, D=32, Q=500, K=4)
+@pytest.mark.parametrize(("M", "counts"), [(2, (1, 2, 3, 4, 7)), (8, (1, 8, 16, 32))])
+def test_gradients_are_the_same_bits_for_any_number_of_threads(
+    M: int, counts: tuple[int, ...]
+) -> None:
+    # Fewer heads than threads, so that levels and queries are split, too.
+    case = Case("threads", 1, ((16, 16), (8, 8), (4, 4), (2, 2)), M=M, D=32, Q=500, K=4)
     inputs = inputs_of(case, torch.float32)
-    grad = torch.randn(1, 500, 64, generator=torch.Generator().manual_seed(3))
+    grad = torch.randn(1, 500, 32 * M, generator=torch.Generator().manual_seed(3))
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3, 4, 7):
+        for threads in counts:
             torch.set_num_threads(threads)
             output = fused_deformable_attention(inputs[0], case.shapes, *inputs[1:])
             results.append([output, *torch.autograd.grad(output, inputs, grad)])
