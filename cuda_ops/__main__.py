@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(
         commands,
         "benchmark",
-        "Time the fused operator, and measure its memory, against the grid_sample formulation.",
+        "Time the fused operator, and measure its memory, against the grid_sample formulation; "
+        "and deformable convolution against torchvision's.",
         "python -m cuda_ops benchmark --threads 2 --output benchmark.json",
     )
     _device(command)
@@ -150,12 +152,14 @@ def _benchmark(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     from cuda_ops.benchmark import HEAD, Row, benchmark, report, surroundings, table
+    from cuda_ops.convolution_benchmark import convolution_benchmark
 
     facts = surroundings(device, options.spread)
     for name, fact in facts.items():
         print(f"{name}: {fact}")
     rows: list[Row] = []
-    for compared in benchmark(device, options.spread, options.seconds, options.beside):
+    attention = benchmark(device, options.spread, options.seconds, options.beside)
+    for compared in chain(attention, convolution_benchmark(device, options.seconds)):
         if not rows:
             print(HEAD)
         rows += compared

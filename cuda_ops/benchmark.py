@@ -8,7 +8,7 @@ import ctypes
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def _compare(
         rows["deterministic"] = {**rows["fused"], "contender": "deterministic"}
         both["deterministic"] = both["fused"]
     for field, calls_of in (("forward", forward), ("both", both)):
-        for name, timing in _times(calls_of, device, seconds).items():
+        for name, timing in times(calls_of, device, seconds, _mode).items():
             rows[name][field] = timing
     for name in forward:
         memory = measure(specs[name], case, sets[0])
@@ -173,13 +173,17 @@ def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return call
 
 
-def _times(
-    calls: dict[str, Callable[[], object]], device: str, seconds: float
+def times(
+    calls: dict[str, Callable[[], object]],
+    device: str,
+    seconds: float,
+    mode: Callable[[str], AbstractContextManager[None]],
 ) -> dict[str, Timing]:
+    """Each of `calls` in turns, under its `mode`, until the slowest took about `seconds`."""
     clock = _milliseconds_on_gpu if device == "cuda" else _milliseconds
     estimates = {}
     for name, call in calls.items():
-        with _mode(name):
+        with mode(name):
             call()
             estimates[name] = max(clock(call), 1e-3)
     slowest = max(estimates.values())
@@ -187,7 +191,7 @@ def _times(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            with _mode(name):
+            with mode(name):
                 call()  # what the one before left in the caches is not this one's
                 for _ in range(min(5, max(1, int(slowest / estimates[name])))):
                     samples[name].append(clock(call))
@@ -199,12 +203,13 @@ def _timing(taken: list[float]) -> Timing:
     return Timing(round(median, 4), round(low, 4), round(high, 4))
 
 
-def _mode(name: str) -> Any:
-    return _deterministic() if name == "deterministic" else nullcontext()
+def _mode(name: str) -> AbstractContextManager[None]:
+    return deterministic() if name == "deterministic" else nullcontext()
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
+    """torch's deterministic mode for as long as it lasts."""
     # The mode also fills fresh memory, for debugging, which would be measured along.
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that the operators take."""
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the operators compute: float64 for float64, else float32."""

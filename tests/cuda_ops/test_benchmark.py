@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_ops import benchmark, memory
+from cuda_ops import benchmark, convolution_benchmark, memory
 from cuda_ops.__main__ import main
 from cuda_ops.cases import Case, make_inputs
 from cuda_ops.contenders import contender, grid_sample_attention
@@ -31,9 +31,10 @@ def equal_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One small case in float32, and the options for it."""
+    """One small case in float32, one convolution, and the options for them."""
     monkeypatch.setattr(benchmark, "CPU_CASES", (TINY,))
     monkeypatch.setattr(benchmark, "DTYPES", {"cpu": (torch.float32,)})
+    monkeypatch.setattr(convolution_benchmark, "CASES", {"small": (8, 2, 5, 6)})
     return ["benchmark", "--device", "cpu", "--seconds", "0.01"]
 
 
@@ -56,8 +57,11 @@ def test_table_and_json(
     assert figures["torch"] == torch.__version__
     assert figures["instruction set"] in ("baseline", "avx2", "avx512")
     assert "standard deviation 3.0 px" in figures["inputs"]
-    assert [row["contender"] for row in figures["rows"]] == ["fused", "grid_sample"]
-    for row in figures["rows"]:
+    *attention, ours, theirs = figures["rows"]
+    assert [row["contender"] for row in attention] == ["fused", "grid_sample"]
+    assert [row["contender"] for row in (ours, theirs)] == ["ours", "torchvision"]
+    assert all(row["both"]["median"] > 0 for row in (ours, theirs))
+    for row in attention:
         assert row["failed"] is None
         assert row["dtype"] == "float32"
         assert row["forward"]["median"] < row["both"]["median"]
@@ -180,7 +184,8 @@ def test_deterministic_mode_is_measured_without_filling_and_left_as_it_was() -> 
         filling = torch.utils.deterministic.fill_uninitialized_memory
         seen.append((torch.are_deterministic_algorithms_enabled(), filling))
 
-    timings = benchmark._times({"deterministic": call, "fused": call}, "cpu", 0.0)
+    calls = {"deterministic": call, "fused": call}
+    timings = benchmark.times(calls, "cpu", 0.0, benchmark._mode)
     assert timings["fused"].median >= 0
     assert set(seen) == {(True, False), (False, True)}
     assert not torch.are_deterministic_algorithms_enabled()
