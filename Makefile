@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 
-.PHONY: demo test setup check operators lock bench gpu torch-versions clean
+.PHONY: demo test setup check operators lock bench gpu sanitize torch-versions clean
 
 demo: setup
 	@$(BIN)/python -m jobs demo
@@ -55,6 +55,11 @@ gpu:
 	try $(PYTHON) -m pipeline benchmark-step deformable_detr_r50 --device cuda --batch-sizes 2 4 8 \
 		--steps $(STEPS) --compile --output $(RESULTS)/step-compile-$$name.json; \
 	if [ -n "$$failed" ]; then printf 'failed:%b\n' "$$failed" >&2; exit 1; fi
+
+# The kernels under compute-sanitizer, of the CUDA toolkit: wrong addresses, and races in shared memory.
+sanitize:
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m cuda_ops check --device cuda --no-large
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m cuda_ops check --device cuda --no-large
 
 # One CPU library under every torch from 2.11 on: minutes, and gigabytes of downloads.
 torch-versions: setup
