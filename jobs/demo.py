@@ -23,7 +23,7 @@ WORKERS = 2
 class DemoOptions:
     output: Path = Path("outputs/demo")
     """Folder for data, shards and runs."""
-    train_images: int = 3200
+    train_images: int = 3000
     val_images: int = 200
     epochs: int = 0
     """Length of the training; 0: the recipe's."""

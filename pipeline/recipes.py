@@ -184,7 +184,7 @@ def demo() -> RunConfig:
             clip_norm=0.1,
             batch_size=16,
         ),
-        schedule=ScheduleConfig(epochs=5, kind="cosine", warmup_fraction=0.1, final_factor=0.01),
+        schedule=ScheduleConfig(epochs=6, kind="cosine", warmup_fraction=0.1, final_factor=0.01),
         engine=EngineConfig(loader_workers=0, log_every=20),
     )
 
