@@ -70,6 +70,15 @@ class BenchmarkStepOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    checkpoint: Path
+    """A run folder (its best checkpoint), a checkpoint in it, or a model.pt."""
+    output: Path
+    """The folder to write; it must not be there yet."""
+    format: Literal["transformers"] = "transformers"
+
+
+@dataclass(frozen=True)
 class DescribeOptions:
     recipes: Positional[tuple[str, ...]] = ()
     """Recipes to describe. None: all of them."""
@@ -136,6 +145,20 @@ def run_predict(args: list[str]) -> None:
     print(f"saved {options.output}")
 
 
+def run_export(args: list[str]) -> None:
+    options = parse(
+        ExportOptions,
+        args,
+        "python -m pipeline export",
+        "Writes a checkpoint as a folder for transformers' from_pretrained.\n\nExample: "
+        "python -m pipeline export --checkpoint runs/r50 --format transformers --output r50-hf",
+    )
+    from pipeline.export import export_for_transformers
+
+    export_for_transformers(options.checkpoint, options.output)
+    print(f"saved {options.output}")
+
+
 def run_benchmark_step(args: list[str]) -> None:
     options = parse_run(
         BenchmarkStepOptions,
@@ -185,6 +208,7 @@ COMMANDS = {
     "train": Command(run_train, "train a recipe, or resume the run in --output"),
     "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint on a shard folder"),
     "predict": Command(run_predict, "a picture of predictions beside the ground truth"),
+    "export": Command(run_export, "a checkpoint for the transformers library"),
     "benchmark-step": Command(run_benchmark_step, "time a training step, beside others"),
     "describe": Command(run_describe, "parameters, multiply-adds and memory of recipes"),
     "recipes": Command(run_recipes, "list the named experiments"),
