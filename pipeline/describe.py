@@ -84,7 +84,7 @@ def describe(name: str) -> Cost:
     )
 
 
-def _train_forward(model: nn.Module, images: Tensor, padding: Tensor) -> object:
+def _train_forward(model: Any, images: Tensor, padding: Tensor) -> object:
     """A training step's forward. Faster R-CNN's second stage is the loss's to call, with as many
     boxes as it draws."""
     outputs = model.train()(images, padding)
