@@ -1,10 +1,12 @@
-"""`python -m pipeline train|evaluate|predict|benchmark-step|recipes`: one process group."""
+"""`python -m pipeline train|evaluate|predict|export|benchmark-step|describe|recipes`."""
 
 import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from tyro.conf import Positional
 
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
 from pipeline.errors import UserError
@@ -67,6 +69,23 @@ class BenchmarkStepOptions:
     """Write the figures as JSON, too; what is measured so far is there at any time."""
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    checkpoint: Path
+    """A run folder (its best checkpoint), a checkpoint in it, or a model.pt."""
+    output: Path
+    """The folder to write; it must not be there yet."""
+    format: Literal["transformers"] = "transformers"
+
+
+@dataclass(frozen=True)
+class DescribeOptions:
+    recipes: Positional[tuple[str, ...]] = ()
+    """Recipes to describe. None: all of them."""
+    output: Path | None = None
+    """Also write the table: a .md file, or a .json one with exact numbers."""
+
+
 def run_train(args: list[str]) -> None:
     options = parse_run(
         TrainOptions,
@@ -126,6 +145,20 @@ def run_predict(args: list[str]) -> None:
     print(f"saved {options.output}")
 
 
+def run_export(args: list[str]) -> None:
+    options = parse(
+        ExportOptions,
+        args,
+        "python -m pipeline export",
+        "Writes a checkpoint as a folder for transformers' from_pretrained.\n\nExample: "
+        "python -m pipeline export --checkpoint runs/r50 --format transformers --output r50-hf",
+    )
+    from pipeline.export import export_for_transformers
+
+    export_for_transformers(options.checkpoint, options.output)
+    print(f"saved {options.output}")
+
+
 def run_benchmark_step(args: list[str]) -> None:
     options = parse_run(
         BenchmarkStepOptions,
@@ -145,6 +178,25 @@ def run_benchmark_step(args: list[str]) -> None:
     )  # fmt: skip
 
 
+def run_describe(args: list[str]) -> None:
+    options = parse(
+        DescribeOptions,
+        args,
+        "python -m pipeline describe",
+        "Parameters, multiply-adds and training memory of recipes for an image of 3x800x1066, "
+        "beside the published figures.\n\n"
+        "Example: python -m pipeline describe deformable_detr_r50 detr_r50_dc5 --output costs.md",
+    )
+    from pipeline.describe import check_output, describe, table, write
+
+    if options.output:
+        check_output(options.output)
+    costs = [describe(name) for name in options.recipes or RECIPES]
+    print(table(costs))
+    if options.output:
+        write(costs, options.output)
+
+
 def run_recipes(args: list[str]) -> None:
     if args and args[0] not in ("-h", "--help"):
         raise UserError(f"python -m pipeline recipes takes no options, got {args}")
@@ -156,7 +208,9 @@ COMMANDS = {
     "train": Command(run_train, "train a recipe, or resume the run in --output"),
     "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint on a shard folder"),
     "predict": Command(run_predict, "a picture of predictions beside the ground truth"),
+    "export": Command(run_export, "a checkpoint for the transformers library"),
     "benchmark-step": Command(run_benchmark_step, "time a training step, beside others"),
+    "describe": Command(run_describe, "parameters, multiply-adds and memory of recipes"),
     "recipes": Command(run_recipes, "list the named experiments"),
 }
 
