@@ -32,7 +32,7 @@ def main(prog: str, description: str, commands: dict[str, Command], argv: Sequen
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {prog} COMMAND …\n\n{description}\n\ncommands:")
         for name, command in commands.items():
-            print(f"  {name:<12}{command.help}")
+            print(f"  {name:<16}{command.help}")
         print(f"\n{prog} COMMAND --help shows a command's options.")
         return 0 if argv else 2
     try:
