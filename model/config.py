@@ -28,7 +28,7 @@ class ModelConfig:
     """`detr` is the baseline with dense attention over one map; fields that speak of levels,
     points, references or stages do not concern it. `faster_rcnn`, torchvision's with an FPN, takes
     `num_classes` (column 0 is the background), the backbone, `hidden_dim` (of the FPN),
-    `feedforward_dim` (of the box head) and `anchor_cells` alone."""
+    `feedforward_dim` (of the box head), `anchor_cells` and `sampled_proposals` alone."""
     num_classes: int = 91
     """Columns of the classification head. COCO's own category ids end at 90, hence 91."""
     num_queries: int = 300
@@ -61,6 +61,8 @@ class ModelConfig:
     """Side of a first-stage proposal on the finest level, relative to the image."""
     anchor_cells: int = 8
     """Side of a Faster R-CNN's square anchors, in cells of their level (strides 4 to 64)."""
+    sampled_proposals: int = 512
+    """Proposals of an image that train a Faster R-CNN's second stage, at most."""
     activation_checkpointing: bool = False
     """Recompute the transformer layers in the backward pass: less memory, more time."""
 
@@ -94,6 +96,7 @@ class ModelConfig:
             "decoder_layers",
             "feedforward_dim",
             "anchor_cells",
+            "sampled_proposals",
         ):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name, values in (("architecture", Architecture), ("classification", Classification)):

@@ -54,9 +54,10 @@ class FasterRCNN(nn.Module):
         )
         self.rpn = proposal_network(config, RPNHead(width, len(ASPECT_RATIOS)))
         self.roi_heads = box_heads(
-            MultiScaleRoIAlign(["0", "1", "2", "3"], POOLED_SIDE, sampling_ratio=2),
-            TwoMLPHead(width * POOLED_SIDE**2, hidden),
-            FastRCNNPredictor(hidden, config.num_classes),
+            config.sampled_proposals,
+            pool=MultiScaleRoIAlign(["0", "1", "2", "3"], POOLED_SIDE, sampling_ratio=2),
+            head=TwoMLPHead(width * POOLED_SIDE**2, hidden),
+            predictor=FastRCNNPredictor(hidden, config.num_classes),
         )
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class FasterRCNNCriterion(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_classes = config.num_classes
-        self.first, self.second = proposal_network(config), box_heads()
+        self.first, self.second = proposal_network(config), box_heads(config.sampled_proposals)
 
     def forward(
         self,
@@ -229,10 +230,11 @@ def proposal_network(config: ModelConfig, head: nn.Module | None = None) -> Regi
 
 
 def box_heads(
+    samples: int = 512,
+    top: int = 100,
     pool: nn.Module | None = None,
     head: nn.Module | None = None,
     predictor: nn.Module | None = None,
-    top: int = 100,
 ) -> RoIHeads:
     """torchvision's second stage; without modules, to match, to sample and to suppress only."""
     return RoIHeads(
@@ -241,7 +243,7 @@ def box_heads(
         predictor,
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
-        batch_size_per_image=512,
+        batch_size_per_image=samples,
         positive_fraction=0.25,
         bbox_reg_weights=(10.0, 10.0, 5.0, 5.0),
         score_thresh=0.05,

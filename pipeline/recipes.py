@@ -218,6 +218,7 @@ def demo_faster_rcnn() -> RunConfig:
             hidden_dim=64,
             feedforward_dim=256,
             anchor_cells=4,
+            sampled_proposals=64,
         ),
         data=DataConfig(labels="contiguous_from_1"),
         optimizer=replace(base.optimizer, clip_norm=1.0),
