@@ -105,7 +105,7 @@ def test_nan_weights_are_told_and_crash_nothing(
     if architecture == "faster_rcnn":  # nothing to match: the loss itself tells the trainer
         assert criterion(outputs, targets)["loss"].isnan()
     else:
-        with pytest.raises(FloatingPointError, match="NaN"):
+        with pytest.raises(FloatingPointError, match="the matching cost is not finite"):
             criterion(outputs, targets)
 
 
@@ -122,25 +122,44 @@ def reduced(name: str) -> ModelConfig:
     )
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_bfloat16_step_is_close_to_float32s(name: str) -> None:
+def check_step(config: ModelConfig, dtype: torch.dtype) -> None:
+    """A step under autocast: finite gradients in float32, the loss within 2% of float32's."""
     torch.manual_seed(0)
-    config = reduced(name)
     model, criterion = build_model(config).train(), build_criterion(config)
+    with torch.no_grad():
+        # Random residual branches would add up to activations that no trained backbone has.
+        for name, module in model.backbone.named_modules():
+            if name.endswith("conv3.norm"):
+                module.weight.mul_(0.2)
     images, padding, _ = make("no_ground_truth")
     targets = [{"labels": torch.tensor([1, 3]), "boxes": LARGE} for _ in images]
-    losses = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    with torch.no_grad():
         torch.manual_seed(0)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            outputs = model(images, padding)
-        losses[dtype] = criterion(outputs, targets)
-    exact, rounded = losses[torch.float32]["loss"], losses[torch.bfloat16]["loss"]
-    assert all(value.dtype == torch.float32 for value in losses[torch.bfloat16].values())
+        exact = criterion(model(images, padding), targets)["loss"]
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype):
+        outputs = model(images, padding)
+    losses = criterion(outputs, targets)
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    rounded = losses["loss"]
     assert abs(rounded - exact) < 0.02 * exact, (rounded.item(), exact.item())
+    assert rounded != exact
     rounded.backward()
-    for parameter_name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert parameter.grad is not None, parameter_name
+            assert parameter.grad is not None, name
             assert parameter.grad.dtype == torch.float32
-            assert parameter.grad.isfinite().all(), parameter_name
+            assert parameter.grad.isfinite().all(), name
+
+
+# ResNet-101 and ResNeXt-101 without DCN are more of blocks that the others have, and slow.
+@pytest.mark.parametrize("name", [n for n in RECIPES if "101" not in n or "dcn" in n])
+def test_bfloat16_is_close_to_float32(name: str) -> None:
+    check_step(reduced(name), torch.bfloat16)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float16_is_close_to_float32(
+    architecture: str, small_config: Callable[..., ModelConfig]
+) -> None:
+    check_step(small_config(**ARCHITECTURES[architecture]), torch.float16)

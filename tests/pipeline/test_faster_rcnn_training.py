@@ -56,9 +56,7 @@ def test_it_learns_evaluates_and_draws(drawn, tmp_path, run_command):
 @pytest.mark.parametrize("name", ["demo_faster_rcnn", "faster_rcnn_r50_fpn"])
 def test_a_category_in_the_backgrounds_column_is_refused(drawn, name):
     config = replace(recipe(name), data=data(drawn, "contiguous"))
-    with pytest.raises(
-        UserError, match=r"in column 0, expected none.*--data\.labels contiguous_from_1"
-    ):
+    with pytest.raises(UserError, match=r"in column 0, expected none.*--data\.labels cont"):
         open_dataset(config)
     for labels in ("contiguous_from_1", "category_id"):
         columns = open_dataset(replace(config, data=data(drawn, labels))).labels.category_of
