@@ -17,21 +17,24 @@ from model.postprocess import postprocess
 from model.weights import load_backbone, load_official
 from pipeline.recipes import recipe
 
-CONFIG = recipe("faster_rcnn_r50_fpn").model
-SIZES = [(128, 160), (96, 113)]  # (height, width) of the two images
+PUBLISHED = recipe("faster_rcnn_r50_fpn").model
+CONFIG = replace(PUBLISHED, sampled_proposals=128)  # a quarter, for speed
+SIZES = [(96, 128), (64, 90)]  # (height, width) of the two images
 TRUTH = [
     {
         "labels": torch.tensor([1, 17, 90]),
-        "boxes": torch.tensor([[10.0, 20, 60, 80], [3, 4, 150, 120], [100, 90, 116, 118]]).double(),
+        "boxes": torch.tensor([[10.0, 20, 60, 80], [3, 4, 120, 90], [100, 70, 116, 88]]).double(),
     },
-    {"labels": torch.tensor([44]), "boxes": torch.tensor([[30.0, 10, 100, 90]]).double()},
+    {"labels": torch.tensor([44]), "boxes": torch.tensor([[20.0, 10, 80, 60]]).double()},
 ]
 
 
 def theirs_and_ours() -> tuple[TorchvisionFasterRCNN, nn.Module]:
     """Equal weights, through the published names; without torchvision's transform."""
     torch.manual_seed(0)
-    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).double()
+    theirs = fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, box_batch_size_per_image=128
+    ).double()
     for name, parameter in theirs.named_parameters():
         if name.startswith("backbone.body") and not name.startswith("backbone.body.layer"):
             parameter.requires_grad_(False)
@@ -162,7 +165,7 @@ def test_the_published_file_is_older_than_two_modules() -> None:
 
 
 def test_the_parameters_are_the_published_ones(tmp_path) -> None:
-    model = build_model(CONFIG)
+    model = build_model(PUBLISHED)
     assert sum(p.numel() for p in model.parameters()) == 41_755_286
     trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert "layer2" in trained
@@ -171,6 +174,25 @@ def test_the_parameters_are_the_published_ones(tmp_path) -> None:
 
     torch.save(resnet50(weights=None).state_dict(), tmp_path / "resnet50.pth")
     load_backbone(model, tmp_path / "resnet50.pth")
+
+
+def test_the_settings_are_torchvisions() -> None:
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    model, criterion = build_model(PUBLISHED), build_criterion(PUBLISHED)
+    for expected, stages in (
+        (theirs.rpn, (model.rpn, criterion.first)),
+        (theirs.roi_heads, (model.roi_heads, criterion.second)),
+    ):
+        names = [n for n in vars(expected) if not n.startswith(("_mod", "_par", "training"))]
+        assert len(names) > 6
+        for stage in stages:
+            for name in names:
+                wanted, got = getattr(expected, name), getattr(stage, name)
+                parts = [vars(x) if hasattr(x, "__dict__") else x for x in (wanted, got)]
+                assert parts[0] == parts[1], name
+    anchors = theirs.rpn.anchor_generator
+    assert model.rpn.anchor_generator.sizes == anchors.sizes
+    assert model.rpn.anchor_generator.aspect_ratios == anchors.aspect_ratios
 
 
 def tiny(**changes: object) -> ModelConfig:
