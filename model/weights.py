@@ -84,7 +84,8 @@ _TORCHVISION = [
 
 def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Load a published checkpoint's state dict (its `model` entry): of Deformable DETR, of DETR, or
-    torchvision's Faster R-CNN on COCO (`fasterrcnn_resnet50_fpn`, COCO_V1).
+    torchvision's Faster R-CNN on COCO (`fasterrcnn_resnet50_fpn`, COCO_V1: its frozen norms have no
+    epsilon, whatever file of these names is given).
 
     Raises `ValueError` naming every key that is missing, unexpected or of another shape, or whose
     aliases (one head under several names) differ; the model is then left as it was.

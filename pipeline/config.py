@@ -159,7 +159,7 @@ class InitConfig:
     backbone: str = ""
     """ImageNet weights of the backbone in torchvision's key names."""
     weights: str = ""
-    """A published Deformable DETR checkpoint of the same architecture."""
+    """A published checkpoint of the same architecture, DETR's and torchvision's Faster R-CNN's too."""
 
 
 @dataclass(frozen=True)
