@@ -99,16 +99,21 @@ class ResNet(nn.Module):
         self.layer1, self.layer2 = net.layer1, net.layer2
         self.layer3, self.layer4 = net.layer3, net.layer4
         self.multi_level = multi_level
-        self.channels = [512, 1024, 2048] if multi_level else [2048]
+        self.pyramid_channels = [256, 512, 1024, 2048]
+        self.channels = self.pyramid_channels[1:] if multi_level else self.pyramid_channels[3:]
         self.conv1.requires_grad_(False)
         self.layer1.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        maps = self.pyramid(images)
+        return maps[1:] if self.multi_level else maps[3:]
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """C2 to C5, at strides 4, 8, 16, 32."""
         c2 = self.layer1(self.maxpool(self.relu(self.conv1(images))))
         c3 = self.layer2(c2)
         c4 = self.layer3(c3)
-        c5 = self.layer4(c4)
-        return [c3, c4, c5] if self.multi_level else [c5]
+        return [c2, c3, c4, self.layer4(c4)]
 
 
 class TinyBackbone(nn.Module):
@@ -131,15 +136,21 @@ class TinyBackbone(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.multi_level = multi_level
+        self.pyramid_channels = widths[1:]
         self.channels = widths[2:] if multi_level else widths[4:]
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        maps = self.pyramid(images)
+        return maps[1:] if self.multi_level else maps[3:]
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """C2 to C5, at strides 4, 8, 16, 32."""
         x = self.stem(images)
         maps = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        return maps[1:] if self.multi_level else maps[3:]
+        return maps
 
 
 def build_backbone(config: ModelConfig) -> ResNet | TinyBackbone:

@@ -12,7 +12,7 @@ BackboneName = Literal[
     "resnext101_64x4d_dcn",
     "tiny",
 ]
-Architecture = Literal["deformable_detr", "detr"]
+Architecture = Literal["deformable_detr", "detr", "faster_rcnn"]
 Classification = Literal["focal", "softmax"]
 NeckName = Literal["plain", "fpn", "bifpn"]
 
@@ -26,7 +26,9 @@ class ModelConfig:
 
     architecture: Architecture = "deformable_detr"
     """`detr` is the baseline with dense attention over one map; fields that speak of levels,
-    points, references or stages do not concern it."""
+    points, references or stages do not concern it. `faster_rcnn`, torchvision's with an FPN, takes
+    `num_classes` (column 0 is the background), the backbone, `hidden_dim` (of the FPN),
+    `feedforward_dim` (of the box head), `anchor_cells` and `sampled_proposals` alone."""
     num_classes: int = 91
     """Columns of the classification head. COCO's own category ids end at 90, hence 91."""
     num_queries: int = 300
@@ -57,6 +59,10 @@ class ModelConfig:
     """Queries come from the best-scoring encoder tokens (A.4). Implies refinement."""
     proposal_scale: float = 0.05
     """Side of a first-stage proposal on the finest level, relative to the image."""
+    anchor_cells: int = 8
+    """Side of a Faster R-CNN's square anchors, in cells of their level (strides 4 to 64)."""
+    sampled_proposals: int = 512
+    """Proposals of an image that train a Faster R-CNN's second stage, at most."""
     activation_checkpointing: bool = False
     """Recompute the transformer layers in the backward pass: less memory, more time."""
 
@@ -89,6 +95,8 @@ class ModelConfig:
             "encoder_layers",
             "decoder_layers",
             "feedforward_dim",
+            "anchor_cells",
+            "sampled_proposals",
         ):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name, values in (("architecture", Architecture), ("classification", Classification)):
@@ -123,7 +131,19 @@ class ModelConfig:
                 f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected 1, False, "
                 "False"
             )
-        if self.classification == "softmax" and not dense:
+        two_stage_cnn = self.architecture == "faster_rcnn"
+        if two_stage_cnn and (self.refines or self.dilation or self.classification != "softmax"):
+            raise ValueError(
+                f"architecture: got faster_rcnn with box_refine={self.box_refine}, "
+                f"two_stage={self.two_stage}, dilation={self.dilation}, "
+                f"classification={self.classification}, expected False, False, False, softmax"
+            )
+        if two_stage_cnn and self.num_classes < 2:
+            raise ValueError(
+                f"num_classes: got {self.num_classes} with faster_rcnn, expected at least 2: "
+                "the first is the background"
+            )
+        if self.classification == "softmax" and self.architecture == "deformable_detr":
             raise ValueError("classification: got softmax with deformable_detr, expected focal")
         if self.num_levels == 1 and (self.neck != "plain" or not self.level_exchange):
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.boxes import cxcywh_to_xyxy, generalized_iou
 from model.config import ModelConfig
+from model.faster_rcnn import FasterRCNNCriterion
 from model.matcher import Layers, Matches, Truth, match
 from model.precision import full_precision
 
@@ -125,7 +126,8 @@ class Criterion(nn.Module):
 
 def build_criterion(config: ModelConfig) -> nn.Module:
     """The loss that trains `build_model(config)`."""
-    return Criterion(config)
+    faster_rcnn = config.architecture == "faster_rcnn"
+    return FasterRCNNCriterion(config) if faster_rcnn else Criterion(config)
 
 
 def count_boxes(targets: Targets, device: torch.device) -> Tensor:

@@ -5,8 +5,14 @@ from torch import nn
 from model.config import ModelConfig
 from model.deformable_detr import DeformableDETR
 from model.dense_detr import DenseDETR
+from model.faster_rcnn import FasterRCNN
 
 
 def build_model(config: ModelConfig) -> nn.Module:
     """The detector `config` describes, with fresh weights."""
-    return DenseDETR(config) if config.architecture == "detr" else DeformableDETR(config)
+    detectors = {
+        "deformable_detr": DeformableDETR,
+        "detr": DenseDETR,
+        "faster_rcnn": FasterRCNN,
+    }
+    return detectors[config.architecture](config)

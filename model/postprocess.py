@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.boxes import cxcywh_to_xyxy
+from model.faster_rcnn import detections
 from model.precision import full_precision
 
 
@@ -14,12 +15,14 @@ def postprocess(outputs: dict[str, Any], sizes: Tensor, top: int = 100) -> list[
     """The `top` best (query, class) pairs of each image, best first.
 
     With softmax classification (outputs["classification"]) each query gives its best class alone,
-    as DETR has it. outputs: of the model, N images. sizes: [N, 2] (height, width) in pixels of
-    what the boxes are wanted in, usually the original images. Returns for each image `scores`
-    [top], `labels` [top] int64 and `boxes` [top, 4] absolute (x0, y0, x1, y1), not clipped to the
-    image; fewer than `top` where there are fewer pairs. Raises ValueError if `sizes` is not
-    [N, 2].
+    as DETR has it; a Faster R-CNN gives what `faster_rcnn.detections` says. outputs: of the model,
+    N images. sizes: [N, 2] (height, width) in pixels of what the boxes are wanted in, usually the
+    original images. Returns for each image `scores` [top], `labels` [top] int64 and `boxes`
+    [top, 4] absolute (x0, y0, x1, y1), not clipped to the image; fewer than `top` where there are
+    fewer pairs. Raises ValueError if `sizes` is not [N, 2].
     """
+    if "proposals" in outputs:
+        return detections(outputs, sizes, top)
     logits = full_precision(outputs["pred_logits"])
     softmax = outputs.get("classification") == "softmax"
     scores = logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()

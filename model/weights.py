@@ -1,4 +1,4 @@
-"""Published weights: Deformable DETR checkpoints and ImageNet backbones, in their own key names."""
+"""Published weights: detectors' checkpoints and ImageNet backbones, in their own key names."""
 
 import argparse
 import pickle
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from model.backbone import ResNet
 from model.config import ModelConfig
 from model.deformable_detr import DeformableDETR
 from model.dense_detr import DenseDETR
+from model.faster_rcnn import FasterRCNN
 
 # Ours to the names of fundamentalvision/Deformable-DETR. All that match are applied, in order.
 _OFFICIAL = [
@@ -65,6 +67,13 @@ _OFFICIAL_DETR = [
     (r"^heads\.boxes\.output\.", "bbox_embed.layers.2."),
 ]
 
+# Ours to the names of torchvision's Faster R-CNN; its file is older than some of them.
+_OFFICIAL_FASTER_RCNN = [(r"^backbone\.", "backbone.body."), (r"^fpn\.", "backbone.fpn.")]
+_OLD_FASTER_RCNN = [
+    (r"^(backbone\.fpn\.\w+_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
+    (r"^(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2"),
+]
+
 # Ours to torchvision's, within the backbone.
 _TORCHVISION = [
     (r"(^|\.)conv(\d)\.norm\.", r"\1bn\2."),
@@ -74,16 +83,26 @@ _TORCHVISION = [
 
 
 def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a published checkpoint's state dict (its `model` entry), of Deformable DETR or of DETR.
+    """Load a published checkpoint's state dict (its `model` entry): of Deformable DETR, of DETR, or
+    torchvision's Faster R-CNN on COCO (`fasterrcnn_resnet50_fpn`, COCO_V1: its frozen norms have no
+    epsilon, whatever file of these names is given).
 
     Raises `ValueError` naming every key that is missing, unexpected or of another shape, or whose
     aliases (one head under several names) differ; the model is then left as it was.
     """
-    if not isinstance(model, DeformableDETR | DenseDETR) or not isinstance(model.backbone, ResNet):
+    if not isinstance(model, DeformableDETR | DenseDETR | FasterRCNN) or not isinstance(
+        model.backbone, ResNet
+    ):
         raise ValueError(
             "load_official: got a model without a published checkpoint, "
-            "expected a Deformable DETR or a DETR with a ResNet backbone"
+            "expected a Deformable DETR, a DETR or a Faster R-CNN with a ResNet backbone"
         )
+    if model.config.architecture == "faster_rcnn":
+        state_dict = {
+            _rename(name, _OLD_FASTER_RCNN): value
+            for name, value in state_dict.items()
+            if not name.endswith("num_batches_tracked")
+        }
     sources = {key: _official_names(key, model.config) for key in model.state_dict()}
     _compare_keys(state_dict.keys(), {name for names in sources.values() for name in names})
     for key, (first, *aliases) in sources.items():
@@ -98,6 +117,8 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         key: _rows_of_in_proj(key, names[0], state_dict[names[0]], width)
         for key, names in sources.items()
     }
+    if model.config.architecture == "faster_rcnn":
+        _absorb_epsilon(model.backbone, found)
     _copy_into(model, found)
 
 
@@ -142,8 +163,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _official_names(key: str, config: ModelConfig) -> list[str]:
     """The published name of one of our keys, and the other names the same tensor has there."""
-    if config.architecture == "detr":
-        name = _rename(key, _OFFICIAL_DETR)
+    if config.architecture != "deformable_detr":
+        dense = config.architecture == "detr"
+        name = _rename(key, _OFFICIAL_DETR if dense else _OFFICIAL_FASTER_RCNN)
         return [_rename(name, _TORCHVISION) if key.startswith("backbone.") else name]
     name = _rename(key, _OFFICIAL)
     if key.startswith("backbone."):
@@ -155,6 +177,17 @@ def _official_names(key: str, config: ModelConfig) -> list[str]:
     if key.startswith("heads.boxes.") or config.two_stage:
         return [name, f"transformer.decoder.{name}"]
     return [name]
+
+
+def _absorb_epsilon(backbone: ResNet, found: dict[str, Tensor]) -> None:
+    """Rescales the frozen norms' weights so that our epsilon has no effect: torchvision's Faster
+    R-CNN was trained, and is evaluated, without one (`overwrite_eps(model, 0.0)` there)."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            key = f"backbone.{name}."
+            variance = found[f"{key}running_var"].double()
+            factor = ((variance + module.eps) / variance).sqrt()
+            found[f"{key}weight"] = found[f"{key}weight"] * factor.to(found[f"{key}weight"])
 
 
 def _rename(key: str, rules: list[tuple[str, str]]) -> str:

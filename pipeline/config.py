@@ -28,8 +28,9 @@ class DataConfig:
     """Shard folder to train on (made by `python -m data_prep convert`)."""
     val: str = ""
     """Shard folder to evaluate on."""
-    labels: Literal["contiguous", "category_id"] = "contiguous"
-    """contiguous: the i-th category in order of id is column i. category_id: the column is the
+    labels: Literal["contiguous", "contiguous_from_1", "category_id"] = "contiguous"
+    """contiguous: the i-th category in order of id is column i. contiguous_from_1: the same after
+    an empty column 0, a Faster R-CNN's background. category_id: the column is the
     category id itself, as in the published COCO checkpoints (91 columns for 80 categories)."""
     shuffle_window: int = 8
     """Shards whose samples are mixed with each other; more mixes better, fewer reads closer."""
@@ -158,7 +159,7 @@ class InitConfig:
     backbone: str = ""
     """ImageNet weights of the backbone in torchvision's key names."""
     weights: str = ""
-    """A published Deformable DETR checkpoint of the same architecture."""
+    """A published checkpoint of the same architecture, DETR's and torchvision's Faster R-CNN's too."""
 
 
 @dataclass(frozen=True)

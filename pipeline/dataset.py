@@ -16,7 +16,8 @@ class Dataset:
 
 
 def open_dataset(config: RunConfig) -> Dataset:
-    """Raises `UserError` where a folder is missing or the two disagree about categories."""
+    """Raises `UserError` where a folder is missing, the two disagree about categories, or a column
+    that the model needs for the background is taken."""
     if not config.data.train or not config.data.val:
         raise UserError(
             "data.train and data.val: expected two shard folders; "
@@ -28,5 +29,11 @@ def open_dataset(config: RunConfig) -> Dataset:
         raise UserError(
             f"{val.folder} and {train.folder} have different categories; "
             f"convert both from annotation files with the same list"
+        )
+    if config.model.architecture == "faster_rcnn" and labels.category_of[0] >= 0:
+        raise UserError(
+            f"data.labels {config.data.labels}: got category {labels.names[0]!r} in column 0, "
+            f"expected none: it is a Faster R-CNN's background; "
+            f"use --data.labels contiguous_from_1"
         )
     return Dataset(train, val, labels)

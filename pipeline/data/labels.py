@@ -25,7 +25,8 @@ class Labels:
 
 
 def build_labels(
-    categories: list[dict[str, Any]], kind: Literal["contiguous", "category_id"]
+    categories: list[dict[str, Any]],
+    kind: Literal["contiguous", "contiguous_from_1", "category_id"],
 ) -> Labels:
     """Class columns for a dataset's `categories` (COCO records with `id` and `name`).
 
@@ -37,6 +38,8 @@ def build_labels(
     ids = sorted(by_id)
     if kind == "contiguous":
         return Labels(tuple(ids), tuple(by_id[i] for i in ids))
+    if kind == "contiguous_from_1":
+        return Labels((-1, *ids), ("", *(by_id[i] for i in ids)))
     if ids[0] < 0 or ids[-1] >= MOST_COLUMNS:
         raise UserError(
             f"data.labels category_id: got category ids {ids[0]}..{ids[-1]}, expected them within "

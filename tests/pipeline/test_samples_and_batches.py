@@ -78,6 +78,12 @@ def test_columns_by_order_of_id():
     assert labels.column_of() == {2: 0, 7: 1}
 
 
+def test_columns_by_order_of_id_after_the_background():
+    background = build_labels(CATEGORIES, "contiguous_from_1")
+    assert (background.category_of, background.names) == ((-1, 2, 7), ("", "cat", "dog"))
+    assert background.column_of() == {2: 1, 7: 2}
+
+
 def test_columns_by_category_id():
     labels = build_labels(CATEGORIES, "category_id")
     assert labels.category_of == (-1, -1, 2, -1, -1, -1, -1, 7)
