@@ -158,7 +158,8 @@ class InitConfig:
     backbone: str = ""
     """ImageNet weights of the backbone in torchvision's key names."""
     weights: str = ""
-    """A published Deformable DETR checkpoint of the same architecture."""
+    """A published checkpoint of Deformable DETR or DETR, or one of ours (a run folder, a
+    checkpoint in it, a model.pt), of the same architecture; the classes may differ."""
 
 
 @dataclass(frozen=True)
