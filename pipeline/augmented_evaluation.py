@@ -104,10 +104,10 @@ def mirror_back(result: Result, width: int) -> Result:
 def fuse(views: list[Result], top: int = 100) -> Result:
     """The detections of V views of one image as one set, best first, at most `top`.
 
-    Weighted boxes fusion (arXiv:1910.13302) with one restriction: set prediction finds an object
-    once, so detections of one view are never joined. From the best on, each detection joins the
-    object of its class, not yet found by its view, that it overlaps most, or is a new one. An
-    object's box is the mean by score, its score the sum over V. One view is returned as it is.
+    Weighted boxes fusion (arXiv:1910.13302), each view counting once: from the best on, each
+    detection joins the object of its class that it overlaps most, or is a new one; where its view
+    has found that object already, it is a duplicate and left out. An object's box is the mean by
+    score, its score the sum over V. One view is returned as it is.
     """
     if len(views) == 1:
         return views[0]
@@ -122,11 +122,12 @@ def fuse(views: list[Result], top: int = 100) -> Result:
     # Overlaps are with the first, best detection of an object, so that they are known at once.
     overlap = box_iou(boxes, boxes)
     overlap[labels[:, None] != labels] = 0.0
-    object_of = _join(overlap, view.tolist())
+    object_of, kept = _join(overlap, view.tolist())
+    boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
     count = max(object_of, default=-1) + 1
     index = torch.tensor(object_of, dtype=torch.int64)
-    total = torch.zeros(count, dtype=scores.dtype).index_add(0, index, scores)
-    weighted = torch.zeros(count, 4, dtype=boxes.dtype).index_add(0, index, boxes * scores[:, None])
+    total = scores.new_zeros(count).index_add(0, index, scores)
+    weighted = boxes.new_zeros(count, 4).index_add(0, index, boxes * scores[:, None])
     first = torch.full((count,), len(index)).scatter_reduce(
         0, index, torch.arange(len(index)), "amin"
     )
@@ -141,23 +142,26 @@ def fuse(views: list[Result], top: int = 100) -> Result:
     return {name: value.to(device) for name, value in merged.items()}
 
 
-def _join(overlap: Tensor, view: list[int]) -> list[int]:
-    """The object of each of D detections, best first: D numbers from 0.
+def _join(overlap: Tensor, view: list[int]) -> tuple[list[int], list[int]]:
+    """Of D detections, best first, the objects: numbers from 0, and the detections they are of,
+    duplicates left out.
 
-    overlap: [D, D], 0 for other classes.
+    overlap: [D, D], 0 for other classes. view: of each detection.
     """
     # For each detection the better ones it may be joined with, most overlapping first.
-    later, earlier = ((overlap > SAME_OBJECT_IOU).tril(-1)).nonzero(as_tuple=True)
+    later, earlier = (overlap > SAME_OBJECT_IOU).tril(-1).nonzero(as_tuple=True)
     order = overlap[later, earlier].argsort(descending=True, stable=True)
     near: list[list[int]] = [[] for _ in view]
     for i, j in zip(later[order].tolist(), earlier[order].tolist(), strict=True):
         near[i].append(j)
     found_by: dict[int, set[int]] = {}  # of the first detection of each object, the views
     number: dict[int, int] = {}
-    object_of = []
+    object_of, kept = [], []
     for i, candidates in enumerate(near):
-        free = (j for j in candidates if j in found_by and view[i] not in found_by[j])
-        leader = next(free, i)
-        found_by.setdefault(leader, set()).add(view[i])
-        object_of.append(number.setdefault(leader, len(number)))
-    return object_of
+        leader = next((j for j in candidates if j in found_by), i)
+        views = found_by.setdefault(leader, set())
+        if view[i] not in views:
+            views.add(view[i])
+            object_of.append(number.setdefault(leader, len(number)))
+            kept.append(i)
+    return object_of, kept

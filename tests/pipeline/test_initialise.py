@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import torchvision
 from model.config import ModelConfig
 from model.detr import build_model
 from model.weights import load_official
+from pipeline.checkpoint import load_model
 from pipeline.config import InitConfig
 from pipeline.engine import seed_step
 from pipeline.errors import UserError
 from pipeline.initialise import initial_model, shortened
 from pipeline.recipes import recipe
+from pipeline.tracking import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,6 +194,34 @@ def test_random_weights_are_said_where_they_matter():
     again, said = initial_model(run_config(recipe("demo").model))
     assert said == ""
     assert model.config != again.config
+
+
+@pytest.mark.slow
+def test_a_resumed_fine_tuning_goes_on_with_its_own_heads(drawn, tmp_path, run_command):
+    labels = {"category_of": tuple(range(9)), "names": tuple("abcdefghi")}
+    start = replace(recipe("demo"), model=replace(recipe("demo").model, num_classes=9))
+    content = {"config": start.to_json(), "labels": labels}
+    torch.save({**content, "model": build_model(start.model).state_dict()}, tmp_path / "model.pt")
+    folder = tmp_path / "run"
+    command = (
+        "pipeline", "train", "demo", "--output", folder, "--init.weights", tmp_path / "model.pt",
+        "--data.train", drawn.shards / "train", "--data.val", drawn.shards / "val",
+        "--optimizer.batch-size", 8, "--schedule.epochs", 1, "--engine.checkpoint-steps", 2,
+        "--engine.keep-checkpoints", 5, "--engine.precision", "fp32",
+    )  # fmt: skip
+    done = run_command(*command)
+    assert done.returncode == 0, done.stderr
+    whole = load_model(folder)["model"]
+    for step in (4, 5):
+        shutil.rmtree(folder / "checkpoints" / f"step-0000000{step}")
+    (folder / "best.json").unlink()
+    done = run_command(*command)
+    assert done.returncode == 0, done.stderr
+    resumed = load_model(folder)["model"]
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    texts = [x["text"] for x in read_lines(folder / "metrics.jsonl") if x.get("text")]
+    assert sum("re-initialised heads.classes.0.weight" in text for text in texts) == 1
+    assert "resumed after step 2" in texts[-1]
 
 
 def test_long_lists_are_cut():
