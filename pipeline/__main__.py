@@ -129,11 +129,12 @@ def run_evaluate(args: list[str]) -> None:
     detections = detect_augmented(*given, options.tta_sides) if options.tta else detect(*given)
     if options.output:
         options.output.write_text(json.dumps(detections), encoding="utf-8")
-        print(f"saved {len(detections)} detections in {options.output}")
     if truth.anns:
         print(table(summarize(truth, detections)))
     else:
         print(f"{options.data} has no annotations: {len(shards)} images, no COCO numbers")
+    if options.output:
+        print(f"saved {len(detections)} detections in {options.output}")
 
 
 def check_evaluation(options: EvaluateOptions) -> None:
