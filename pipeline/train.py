@@ -77,12 +77,12 @@ def start(config: RunConfig, folder: Path) -> Run:
     dataset = open_dataset(config)
     config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
     epoch_steps = steps_per_epoch(dataset.train, config.optimizer.batch_size)
+    model, initial = initial_model(config)  # before the folder is claimed: it may find a mistake
     rank, world = start_process_group(device)
     if rank == 0:
         claim(folder, config, dataset)
     dist.barrier()
     torch.use_deterministic_algorithms(config.engine.deterministic)
-    model, initial = initial_model(config)
     return Run(
         config=config,
         folder=folder,
