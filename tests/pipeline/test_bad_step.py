@@ -38,24 +38,27 @@ def a_batch():
 class Step:
     """A training step's forward pass and loss, as the trainer takes it."""
 
-    def __init__(self, folder: Path, precision: str = "fp32") -> None:
-        config = recipe("demo")
+    def __init__(self, folder: Path, precision: str = "fp32", device: str = "cpu") -> None:
+        config, self.device = recipe("demo"), torch.device(device)
         self.config = replace(
             config,
             model=replace(config.model, dropout=0.1),
             engine=replace(config.engine, precision=precision),
         )
         torch.manual_seed(0)
-        self.model = build_model(self.config.model).train()
+        self.model = build_model(self.config.model).train().to(self.device)
         self.place = Place(folder, self.config, step=12, epoch=1, rank=3)
 
     def take(self, batch) -> dict:
+        batch = batch.to(self.device)
         torch.manual_seed(99)
-        check = LossCheck(self.place, self.model, batch, torch.tensor(3.0))
+        num_boxes = torch.tensor(3.0, device=self.device)
+        check = LossCheck(self.place, self.model, batch, num_boxes)
         dtype = AUTOCAST.get(self.config.engine.precision)
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             outputs = self.model(batch.normalized_images(), batch.padding_mask)
-        self.losses = check.losses(build_criterion(self.config.model), outputs)
+        criterion = build_criterion(self.config.model).to(self.device)
+        self.losses = check.losses(criterion, outputs)
         self.losses["loss"].backward()
         check.require_finite()
         return self.losses
@@ -99,6 +102,20 @@ def test_a_loss_that_the_matcher_does_not_see(tmp_path):
         torch.testing.assert_close(losses[name], value.detach(), rtol=0, atol=0, equal_nan=True)
     assert "output that is not finite: heads.classes.5 (Linear)" in report
     assert "loss: nan" in report
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_the_generator_is_restored_too(tmp_path, precision):
+    step = Step(tmp_path, precision, "cuda")
+    assert step.take(a_batch())["loss"].isfinite()
+    poison(step.model, 3)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan"):
+        step.take(a_batch())
+    losses, _ = replay(saved_file(tmp_path), torch.device("cuda"))
+    for name, value in step.losses.items():
+        torch.testing.assert_close(losses[name], value.detach(), rtol=1e-3, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
