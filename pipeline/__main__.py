@@ -1,10 +1,10 @@
-"""`python -m pipeline train|evaluate|predict|export|benchmark-step|describe|recipes`."""
+"""`python -m pipeline train|evaluate|predict|export|replay|benchmark-step|describe|recipes`."""
 
 import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
@@ -28,6 +28,10 @@ class EvaluateOptions:
     """Shard folder to evaluate on."""
     output: Path | None = None
     """Also write the detections as a COCO result file."""
+    tta: bool = False
+    """Test-time augmentation: each image mirrored, too, and the detections merged."""
+    tta_sides: tuple[int, ...] = ()
+    """With --tta: the shorter sides, in pixels, in which each image is seen. Empty: as trained."""
     device: str = "auto"
     batch_size: int = 8
 
@@ -44,6 +48,13 @@ class PredictOptions:
     threshold: float = 0.3
     """Smallest score that is drawn."""
     device: str = "auto"
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    file: Annotated[Path, Positional]
+    """A file of a run folder's non_finite/."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,10 @@ def run_train(args: list[str]) -> None:
     from pipeline.engine import stop_process_group
     from pipeline.train import train
 
-    best = train(options.config, options.output)
+    try:
+        best = train(options.config, options.output)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
     stop_process_group()
     print(f"best checkpoint: {best}")
 
@@ -109,9 +123,12 @@ def run_evaluate(args: list[str]) -> None:
         EvaluateOptions,
         args,
         "python -m pipeline evaluate",
-        "Prints the COCO numbers of a checkpoint.\n\nExample: "
-        "python -m pipeline evaluate --checkpoint runs/r50 --data shards/val",
+        "Prints the COCO numbers of a checkpoint. Data without annotations (COCO's test-dev) only "
+        "gives a result file.\n\nExample: python -m pipeline evaluate --checkpoint runs/r50 "
+        "--data shards/val --tta --tta-sides 600 800 1000",
     )
+    check_evaluation(options)
+    from pipeline.augmented_evaluation import detect_augmented
     from pipeline.evaluate import detect, ground_truth, summarize, table
     from pipeline.predict import Detector
 
@@ -119,10 +136,34 @@ def run_evaluate(args: list[str]) -> None:
     config = detector.config
     config = replace(config, optimizer=replace(config.optimizer, batch_size=options.batch_size))
     shards = detector.open(options.data)
-    detections = detect(detector.model, shards, detector.labels, config, detector.device)
+    truth = ground_truth(shards)
+    if not truth.anns and not options.output:
+        raise UserError(
+            f"{options.data} has no annotations, so there is nothing to compare with; "
+            f"--output FILE writes the detections"
+        )
+    given = (detector.model, shards, detector.labels, config, detector.device)
+    detections = detect_augmented(*given, options.tta_sides) if options.tta else detect(*given)
     if options.output:
         options.output.write_text(json.dumps(detections), encoding="utf-8")
-    print(table(summarize(ground_truth(shards), detections)))
+    if truth.anns:
+        print(table(summarize(truth, detections)))
+    else:
+        print(f"{options.data} has no annotations: {len(shards)} images, no COCO numbers")
+    if options.output:
+        print(f"saved {len(detections)} detections in {options.output}")
+
+
+def check_evaluation(options: EvaluateOptions) -> None:
+    """Raises `UserError` for what can be seen before anything is loaded."""
+    if options.tta_sides and not options.tta:
+        raise UserError("--tta-sides: got sizes without --tta, which they are for")
+    if any(side < 1 for side in options.tta_sides):
+        raise UserError(f"--tta-sides: got {options.tta_sides}, expected pixels, 1 or more")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size: got {options.batch_size}, expected 1 or more")
+    if options.output and not options.output.parent.is_dir():
+        raise UserError(f"--output: folder {str(options.output.parent)!r} does not exist")
 
 
 def run_predict(args: list[str]) -> None:
@@ -157,6 +198,22 @@ def run_export(args: list[str]) -> None:
 
     export_for_transformers(options.checkpoint, options.output)
     print(f"saved {options.output}")
+
+
+def run_replay(args: list[str]) -> None:
+    options = parse(
+        ReplayOptions,
+        args,
+        "python -m pipeline replay",
+        "Runs the step again whose loss was not finite, and says where it went wrong.\n\nExample: "
+        "python -m pipeline replay runs/r50/non_finite/step-00000120-rank-0.pt",
+    )
+    from pipeline.bad_step import replay
+    from pipeline.config import EngineConfig
+    from pipeline.engine import choose_device
+
+    _, report = replay(options.file, choose_device(EngineConfig(device=options.device)))
+    print(report)
 
 
 def run_benchmark_step(args: list[str]) -> None:
@@ -209,6 +266,7 @@ COMMANDS = {
     "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint on a shard folder"),
     "predict": Command(run_predict, "a picture of predictions beside the ground truth"),
     "export": Command(run_export, "a checkpoint for the transformers library"),
+    "replay": Command(run_replay, "run a step again whose loss was not finite"),
     "benchmark-step": Command(run_benchmark_step, "time a training step, beside others"),
     "describe": Command(run_describe, "parameters, multiply-adds and memory of recipes"),
     "recipes": Command(run_recipes, "list the named experiments"),

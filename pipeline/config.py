@@ -159,7 +159,9 @@ class InitConfig:
     backbone: str = ""
     """ImageNet weights of the backbone in torchvision's key names."""
     weights: str = ""
-    """A published checkpoint of the same architecture, DETR's and torchvision's Faster R-CNN's too."""
+    """A published checkpoint (of Deformable DETR, DETR or torchvision's Faster R-CNN), or one of
+    ours (a run folder, a checkpoint in it, a model.pt), of the same architecture; the classes may
+    differ."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import nn
+from torch import Tensor, nn
 
 from model.postprocess import postprocess
 from pipeline.config import RunConfig
+from pipeline.data.batch import Batch
 from pipeline.data.labels import Labels
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.objects import objects
@@ -71,7 +73,6 @@ def ground_truth(shards: ShardSet) -> COCO:
     return truth
 
 
-@torch.no_grad()
 def detect(
     model: nn.Module,
     shards: ShardSet,
@@ -85,26 +86,42 @@ def detect(
 
     The model's mode is restored afterwards.
     """
-    was_training = model.training
-    model.eval()
     batch_size = max(1, config.optimizer.batch_size // world)
     dtype = AUTOCAST.get(config.engine.precision)
     detections = []
     loader = evaluation_batches(
         shards, labels, config, rank, world, batch_size, device.type == "cuda"
     )
-    for batch in loader:
-        batch = batch.to(device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            outputs = model(batch.normalized_images(), batch.padding_mask)
-        results = postprocess(outputs, batch.sizes.to(device))
-        for image_id, result in zip(batch.image_ids, results, strict=True):
-            detections += _records(image_id, result, labels)
-    model.train(was_training)
+    with evaluating(model):
+        for batch in loader:
+            results = predict(model, batch.to(device), dtype)
+            for image_id, result in zip(batch.image_ids, results, strict=True):
+                detections += records(image_id, result, labels)
     return detections
 
 
-def _records(image_id: int, result: dict[str, Any], labels: Labels) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode without gradients; its own mode is restored afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def predict(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> list[dict[str, Tensor]]:
+    """The detections of each image of a batch on the model's device, as `postprocess` gives them,
+    in pixels of the original images. dtype: of autocast, None for none."""
+    with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
+        outputs = model(batch.normalized_images(), batch.padding_mask)
+    return postprocess(outputs, batch.sizes.to(batch.images.device))
+
+
+def records(image_id: int, result: dict[str, Tensor], labels: Labels) -> list[dict[str, Any]]:
+    """One image's detections as COCO result records; columns without a category are left out."""
     x0y0, x1y1 = result["boxes"].double().cpu().split(2, dim=1)
     boxes = torch.cat([x0y0, x1y1 - x0y0], dim=1).tolist()
     scores, columns = result["scores"].double().tolist(), result["labels"].tolist()

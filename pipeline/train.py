@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from model.criterion import build_criterion
 from model.detr import build_model
-from model.weights import load_backbone, load_official, read_state_dict
 from pipeline import checkpoint
+from pipeline.bad_step import LossCheck, Place, require_finite_weights
 from pipeline.checkpoint import Progress
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.loader import steps_per_epoch, training_steps
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.engine import build_engine, choose_device, seed_step, start_process_group
-from pipeline.errors import UserError
 from pipeline.evaluate import detect, gather, ground_truth, summarize
+from pipeline.initialise import initial_model
 from pipeline.meter import Meter
 from pipeline.run_folder import claim, publish_best, write_evaluation
 from pipeline.tracking import MetricsLog
@@ -40,6 +40,7 @@ class Run:
     criterion: nn.Module
     device: torch.device
     log: MetricsLog
+    initial: str  # what the weights before the first step were
     truth: Any  # pycocotools' COCO on rank 0, else None
     steps_per_epoch: int
     rank: int
@@ -51,8 +52,8 @@ def train(config: RunConfig, folder: Path) -> Path:
 
     The run's identity is checked against `folder/config.json`; the newest intact checkpoint there
     is continued. Rank 0 writes `metrics.jsonl`, `evaluations/`, `best.json` and, at the end,
-    `predictions.png`. Raises `UserError` for a mistake in the config, and `FloatingPointError` with
-    the step when the loss is not finite.
+    `predictions.png`. Raises `UserError` for a mistake in the config, and on the ranks where a loss
+    is not finite `FloatingPointError`; the launcher is to end the others.
     """
     run = start(config, folder)
     progress = resume(run)
@@ -76,6 +77,7 @@ def start(config: RunConfig, folder: Path) -> Run:
     dataset = open_dataset(config)
     config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
     epoch_steps = steps_per_epoch(dataset.train, config.optimizer.batch_size)
+    model, initial = initial_model(config)  # before the folder is claimed: it may find a mistake
     rank, world = start_process_group(device)
     if rank == 0:
         claim(folder, config, dataset)
@@ -85,10 +87,11 @@ def start(config: RunConfig, folder: Path) -> Run:
         config=config,
         folder=folder,
         dataset=dataset,
-        engine=build_engine(initial_model(config).to(device), config, epoch_steps),
+        engine=build_engine(model.to(device), config, epoch_steps),
         criterion=build_criterion(config.model).to(device),
         device=device,
         log=MetricsLog(folder),
+        initial=initial,
         truth=ground_truth(dataset.val) if rank == 0 else None,
         steps_per_epoch=epoch_steps,
         rank=rank,
@@ -96,35 +99,14 @@ def start(config: RunConfig, folder: Path) -> Run:
     )
 
 
-def initial_model(config: RunConfig) -> nn.Module:
-    """The model before its first step, the same on every rank: from given weights, or seeded."""
-    seed_step(config.seed, 0, 0)
-    model = build_model(config.model)
-    for file in (config.init.backbone, config.init.weights):
-        if file and not Path(file).is_file():
-            raise UserError(f"weights {file!r}: no such file on this machine")
-    try:
-        if config.init.backbone:
-            load_backbone(model, Path(config.init.backbone))
-        if config.init.weights:
-            load_official(model, read_state_dict(Path(config.init.weights)))
-    except ValueError as error:
-        raise UserError(f"init: {error}") from None
-    return model
-
-
 def resume(run: Run) -> Progress:
     """Continues the newest intact checkpoint, if there is one, and opens the log (collective)."""
     said: list[str] = []
     progress = checkpoint.resume(run.engine, run.folder, said.append) or Progress()
-    init, backbone = run.config.init, run.config.model.backbone
     if progress.step:
         said.append(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
-    elif not init.backbone and not init.weights and backbone != "tiny":
-        said.append(
-            f"{backbone} starts from random weights; --init.backbone FILE gives it ImageNet's, "
-            f"which the published AP needs"
-        )
+    elif run.initial:
+        said.append(run.initial)
     if run.rank == 0:
         run.log.rewind(progress.step)
         epochs = run.config.schedule.epochs
@@ -146,11 +128,14 @@ def train_epoch(run: Run, progress: Progress) -> Progress:
         # The engine averages over micro-batches and ranks. This normaliser makes that average the
         # loss of the whole global batch, divided by its number of boxes.
         num_boxes = global_boxes(micro_batches, run.device) / (run.world * len(micro_batches))
+        place = Place(run.folder, run.config, progress.step + 1, progress.epoch, run.rank)
         for batch in micro_batches:
             batch = batch.to(run.device)
+            check = LossCheck(place, engine.module, batch, num_boxes)
             outputs = engine(batch.normalized_images(), batch.padding_mask)
-            losses = run.criterion(outputs, batch.targets, num_boxes)
+            losses = check.losses(run.criterion, outputs)
             engine.backward(losses["loss"])
+            check.require_finite()
             engine.step()
             meter.add(losses)
         progress = replace(
@@ -202,6 +187,7 @@ def log_step(run: Run, progress: Progress, meter: Meter) -> None:
 
 
 def save(run: Run, progress: Progress) -> None:
+    require_finite_weights(run.engine.module, progress.step)
     keep = run.config.engine.keep_checkpoints
     checkpoint.save(run.engine, run.folder, progress, run.config, run.dataset.labels, keep)
 

@@ -1,0 +1,223 @@
+"""A loss that is not finite: found at its own step, told in one error, kept for replay.
+
+A bad step lies in the run folder as `non_finite/step-…-rank-….pt`, data only: the batch, the
+generators' states and the weights before the step. `python -m pipeline replay FILE` runs it again.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.criterion import build_criterion
+from model.detr import build_model
+from pipeline.config import RunConfig
+from pipeline.data.batch import Batch
+from pipeline.errors import UserError
+from pipeline.evaluate import AUTOCAST
+
+MOST_NAMES = 6
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a step is taken."""
+
+    folder: Path
+    config: RunConfig
+    step: int
+    """The optimizer step, from 1."""
+    epoch: int
+    rank: int
+
+
+class LossCheck:
+    """One forward pass whose loss must be finite. Made just before it, for the generators' states.
+
+    Costs no wait of its own on a GPU: predictions that are not finite make the matcher raise, on
+    costs it reads anyway, and the loss is read back while backward is being queued.
+    """
+
+    def __init__(self, place: Place, model: nn.Module, batch: Batch, num_boxes: Tensor) -> None:
+        self.place, self.model, self.batch, self.num_boxes = place, model, batch, num_boxes
+        self.generators = generator_states(batch.images.device)
+        self.outputs: dict[str, Any] = {}
+        self.computed: dict[str, Tensor] = {}
+
+    def losses(self, criterion: nn.Module, outputs: dict[str, Any]) -> dict[str, Tensor]:
+        """`criterion` of the outputs. Raises as `require_finite` where the matcher refuses them."""
+        self.outputs = outputs
+        try:
+            self.computed = criterion(outputs, self.batch.targets, self.num_boxes)
+        except FloatingPointError as error:
+            self._stop(str(error))
+        loss = self.computed["loss"].detach()
+        # A copy that nobody waits for; the event says when it has come.
+        self.on_host = loss.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if loss.is_cuda else None
+        if self.copied is not None:
+            self.copied.record()
+        return self.computed
+
+    def require_finite(self) -> None:
+        """To be called before the optimizer's step, so that the weights are still those before it.
+
+        Raises `FloatingPointError`, after saving the bad step, naming step, rank and every tensor
+        that is not finite. The other ranks wait for this one in vain: their launcher ends them.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        if not math.isfinite(self.on_host.item()):
+            self._stop(f"the loss is {self.on_host.item()}")
+
+    def _stop(self, what: str) -> None:
+        place = self.place
+        found = describe(self.model, self.batch, self.outputs, self.computed)
+        file = place.folder / "non_finite" / f"step-{place.step:08d}-rank-{place.rank}.pt"
+        message = (
+            f"step {place.step}, rank {place.rank}: {what}; not finite: {found}; images "
+            f"{self.batch.image_ids}; saved, to be run again by: python -m pipeline replay {file}"
+        )
+        file.parent.mkdir(exist_ok=True)
+        torch.save(
+            {
+                "message": message,
+                "config": place.config.to_json(),
+                "step": place.step,
+                "epoch": place.epoch,
+                "rank": place.rank,
+                "generators": self.generators,
+                "batch": vars(self.batch.to(torch.device("cpu"))),
+                "num_boxes": self.num_boxes.cpu(),
+                "losses": {name: x.detach().cpu() for name, x in self.computed.items()},
+                "model": {name: x.cpu() for name, x in self.model.state_dict().items()},
+            },
+            file,
+        )
+        raise FloatingPointError(message)
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that a forward pass on `device` draws from, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def require_finite_weights(model: nn.Module, step: int) -> None:
+    """To be called before a checkpoint, so that it is one to go on from. Raises
+    `FloatingPointError` naming the parameters that are not finite after `step`."""
+    found = _names("parameters", dict(model.named_parameters()))
+    if found:
+        raise FloatingPointError(
+            f"after step {step}, whose loss was finite, these are not: {found}; no checkpoint of "
+            f"them is written, the one before is intact"
+        )
+
+
+def describe(
+    model: nn.Module, batch: Batch, outputs: dict[str, Any], losses: dict[str, Tensor]
+) -> str:
+    """The tensors of a step that are not finite, with how many numbers in each."""
+    inputs = {"images": batch.normalized_images()}
+    inputs |= {f"boxes of image {i}": t["boxes"] for i, t in enumerate(batch.targets)}
+    layers = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", []))}
+    layers |= {"": outputs, "_enc": outputs.get("enc_outputs", {})}
+    predictions = {
+        name + suffix: layer[name]
+        for suffix, layer in layers.items()
+        for name in ("pred_logits", "pred_boxes")
+        if name in layer
+    }
+    kinds: dict[str, dict[str, Tensor]] = {
+        "inputs": inputs,
+        "parameters": dict(model.named_parameters()),
+        "outputs": predictions,
+        "losses": losses,
+    }
+    parts = [_names(kind, tensors) for kind, tensors in kinds.items()]
+    return "; ".join(part for part in parts if part) or "no tensor"
+
+
+def _names(kind: str, tensors: dict[str, Tensor]) -> str:
+    counts = {name: int((~x.detach().isfinite()).sum()) for name, x in tensors.items()}
+    bad = [f"{name} ({n} of {tensors[name].numel()})" for name, n in counts.items() if n]
+    if not bad:
+        return ""
+    rest = [f"and {len(bad) - MOST_NAMES} more"] if len(bad) > MOST_NAMES else []
+    return f"{kind} {', '.join(bad[:MOST_NAMES] + rest)}"
+
+
+def replay(file: Path, device: torch.device) -> tuple[dict[str, Tensor], str]:
+    """Runs a saved step's forward pass and losses again: the losses ({} where the matcher refuses
+    the predictions), and what is not finite, the first module to say so among it.
+
+    Exact on the kind of device where it happened. Raises `UserError` for another file.
+    """
+    saved = _read(file)
+    config = RunConfig.from_json(saved["config"])
+    model = build_model(config.model).to(device)
+    model.load_state_dict(saved["model"])
+    model.train()
+    batch = Batch(**saved["batch"]).to(device)
+    dtype = AUTOCAST.get(config.engine.precision)
+    torch.set_rng_state(saved["generators"]["cpu"])
+    if device.type == "cuda" and "cuda" in saved["generators"]:
+        torch.cuda.set_rng_state(saved["generators"]["cuda"], device)
+    losses: dict[str, Tensor] = {}
+    first: list[str] = []
+    # The engine casts the model alone; matching and losses stay in full precision.
+    with torch.no_grad(), _first_bad_module(model, first):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            outputs = model(batch.normalized_images(), batch.padding_mask)
+        refused = ""
+        try:
+            losses = build_criterion(config.model).to(device)(
+                outputs, batch.targets, saved["num_boxes"].to(device)
+            )
+        except FloatingPointError as error:
+            refused = str(error)
+    lines = [
+        f"step {saved['step']}, rank {saved['rank']}, images {batch.image_ids}",
+        f"first module with an output that is not finite: {first[0] if first else 'none'}",
+        f"loss: {float(losses['loss']) if losses else refused}",
+        f"not finite: {describe(model, batch, outputs, losses)}",
+    ]
+    return losses, "\n".join(lines)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{str(file)!r} is no file; expected one of a run folder's non_finite/")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(saved, dict) or "generators" not in saved:
+        raise UserError(f"{file} is no saved step; expected one of a run folder's non_finite/")
+    return saved
+
+
+@contextmanager
+def _first_bad_module(model: nn.Module, found: list[str]) -> Iterator[None]:
+    """Collects, in order of execution, the names of modules that make numbers not finite."""
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(f"{name} ({type(module).__name__})")
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,156 @@
+"""The model before its first step: seeded, then from given weights, whatever their classes."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.detr import build_model
+from model.weights import load_backbone, load_official, read_state_dict
+from pipeline.checkpoint import load_model
+from pipeline.config import RunConfig
+from pipeline.engine import seed_step
+from pipeline.errors import UserError
+
+OUR_CLASS_HEAD = re.compile(r"^heads\.classes\.(\d+\.)?(weight|bias)$")
+PUBLISHED_CLASS_HEAD = re.compile(r"^(transformer\.decoder\.)?class_embed\.(\d+\.)?(weight|bias)$")
+# A Faster R-CNN's heads, boxes for each class among them, are named alike in both.
+BOTH_CLASS_HEADS = re.compile(r"^roi_heads\.box_predictor\.(cls_score|bbox_pred)\.(weight|bias)$")
+
+
+def initial_model(config: RunConfig) -> tuple[nn.Module, str]:
+    """The model with which a run starts, the same on every rank, and what the log says of it.
+
+    Raises `UserError` for a file that is missing, is no checkpoint, or is of another architecture.
+    """
+    seed_step(config.seed, 0, 0)
+    model = build_model(config.model)
+    backbone, weights = config.init.backbone, config.init.weights
+    if backbone:
+        if not Path(backbone).is_file():
+            raise UserError(f"weights {backbone!r}: no such file on this machine")
+        try:
+            load_backbone(model, Path(backbone))
+        except ValueError as error:
+            raise UserError(f"init.backbone {backbone}: {shortened(str(error))}") from None
+    if weights:
+        return model, load_weights(model, Path(weights), config.model)
+    if not backbone and config.model.backbone != "tiny":
+        return model, (
+            f"{config.model.backbone} starts from random weights; --init.backbone FILE gives it "
+            f"ImageNet's, which the published AP needs"
+        )
+    return model, ""
+
+
+def load_weights(model: nn.Module, path: Path, config: ModelConfig) -> str:
+    """Loads a checkpoint of ours or a published one into `model`, and says what it did.
+
+    path: a run folder, a checkpoint folder, a model.pt, or a file in the published names of
+    Deformable DETR, DETR or torchvision's Faster R-CNN. Class heads for another number of classes
+    stay as `model` has them, freshly initialised, those of the first stage too; everything else
+    is loaded strictly. Raises `UserError` where it does not fit.
+    """
+    state, theirs = read_weights(path)
+    if not any(is_class_head(name) for name in state):
+        raise UserError(
+            f"init.weights {path}: got {len(state)} tensors and no class head among them, expected "
+            f"a checkpoint of ours or a published one of Deformable DETR, DETR or Faster R-CNN; a "
+            f"backbone's weights are for --init.backbone"
+        )
+    try:
+        fitted, replaced = with_own_class_heads(state, model)
+        if is_ours(state):
+            load_ours(model, fitted, theirs, config)
+        else:
+            load_official(model, fitted)
+    except ValueError as error:
+        raise UserError(f"init.weights {path}: {shortened(str(error))}") from None
+    return f"init.weights {path}: " + (replaced or f"all {len(state)} tensors are loaded")
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint, and the fields of its ModelConfig where it is one of ours."""
+    if not path.exists():
+        raise UserError(f"weights {str(path)!r}: no such file or folder on this machine")
+    try:
+        if path.is_file():
+            state = read_state_dict(path)
+            if not is_ours(state):
+                return state, {}
+        content = load_model(path)
+    except ValueError as error:
+        raise UserError(f"init.weights: {error}") from None
+    return content["model"], json.loads(content["config"])["model"]
+
+
+def is_ours(state: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors have our names, not published ones."""
+    return any(OUR_CLASS_HEAD.match(name) or name.startswith("fpn.") for name in state)
+
+
+def is_class_head(name: str) -> bool:
+    patterns = (OUR_CLASS_HEAD, PUBLISHED_CLASS_HEAD, BOTH_CLASS_HEADS)
+    return any(pattern.match(name) for pattern in patterns)
+
+
+def with_own_class_heads(
+    state: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], str]:
+    """`state` with the model's class heads in place of those that differ in their rows alone, and
+    a sentence about them ("" where none differs)."""
+    own = {name: x for name, x in model.state_dict().items() if is_class_head(name)}
+    # Every class head of a DETR starts as a copy of one, so one stands for all, under any name.
+    any_head = {name.rsplit(".", 1)[1]: value for name, value in own.items()}
+    given = {name: x for name, x in state.items() if is_class_head(name)}
+    fresh = {name: own.get(name, any_head[name.rsplit(".", 1)[1]]) for name in given}
+    classes = [name for name in given if "bbox_pred" not in name]
+    rows = {len(given[name]) for name in classes if given[name].dim()}
+    if len(rows) != 1:
+        raise ValueError(f"class heads: got {sorted(rows)} classes, expected one number in all")
+    replaced = {
+        name: fresh[name]
+        for name, value in given.items()
+        if value.shape[1:] == fresh[name].shape[1:] and len(value) != len(fresh[name])
+    }
+    sentence = ""
+    if replaced:
+        sentence = (
+            f"re-initialised {', '.join(own)}, because the checkpoint's class heads have "
+            f"{rows.pop()} rows and this run's {len(fresh[classes[0]])}; all other tensors are "
+            f"loaded"
+        )
+    return {**state, **replaced}, sentence
+
+
+def load_ours(
+    model: nn.Module, state: Mapping[str, Tensor], theirs: Mapping[str, Any], config: ModelConfig
+) -> None:
+    """Raises ValueError with the fields of ModelConfig that differ where `state` does not fit."""
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if {name: value.shape for name, value in state.items()} != expected:
+        wanted = dataclasses.asdict(config)
+        different = [
+            f"model.{name}: got {theirs.get(name)!r}, expected {value!r}"
+            for name, value in wanted.items()
+            if name != "num_classes" and theirs.get(name) != value
+        ]
+        raise ValueError(f"another architecture; {'; '.join(different)}")
+    model.load_state_dict(state)
+
+
+def shortened(message: str, most: int = 3) -> str:
+    """The message with every list in it cut after its first entries."""
+    parts = []
+    for part in message.split("; "):
+        entries = part.split(", ")
+        rest = len(entries) - most
+        cut = [*entries[:most], f"and {rest} more"] if rest > 1 else entries
+        parts.append(", ".join(cut))
+    rest = len(parts) - most
+    return "; ".join([*parts[:most], f"and {rest} more"] if rest > 1 else parts)

@@ -1,0 +1,235 @@
+"""A loss that is not finite: found before the optimizer's step, told, saved, and replayed."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.criterion import build_criterion
+from model.detr import build_model
+from pipeline import checkpoint
+from pipeline.bad_step import LossCheck, Place, replay, require_finite_weights
+from pipeline.data.augment import Example
+from pipeline.data.batch import collate
+from pipeline.errors import UserError
+from pipeline.evaluate import AUTOCAST
+from pipeline.recipes import recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def a_batch():
+    """Two images of noise with objects of classes 0 and 1."""
+    random = torch.Generator().manual_seed(3)
+    examples = []
+    for height, width in [(64, 96), (80, 64)]:
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=random)
+        boxes = torch.tensor([[4.0, 5, 30, 40], [20, 10, 60, 50]])
+        examples.append(Example(image, boxes, torch.tensor([0, 1])))
+    records = [{"id": 31, "height": 64, "width": 96}, {"id": 32, "height": 80, "width": 64}]
+    return collate(examples, records)
+
+
+class Step:
+    """A training step's forward pass and loss, as the trainer takes it."""
+
+    def __init__(self, folder: Path, precision: str = "fp32", device: str = "cpu") -> None:
+        config, self.device = recipe("demo"), torch.device(device)
+        self.config = replace(
+            config,
+            model=replace(config.model, dropout=0.1),
+            engine=replace(config.engine, precision=precision),
+        )
+        torch.manual_seed(0)
+        self.model = build_model(self.config.model).train().to(self.device)
+        self.place = Place(folder, self.config, step=12, epoch=1, rank=3)
+
+    def take(self, batch) -> dict:
+        batch = batch.to(self.device)
+        torch.manual_seed(99)
+        num_boxes = torch.tensor(3.0, device=self.device)
+        check = LossCheck(self.place, self.model, batch, num_boxes)
+        dtype = AUTOCAST.get(self.config.engine.precision)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            outputs = self.model(batch.normalized_images(), batch.padding_mask)
+        criterion = build_criterion(self.config.model).to(self.device)
+        self.losses = check.losses(criterion, outputs)
+        self.losses["loss"].backward()
+        check.require_finite()
+        return self.losses
+
+
+def poison(model, column: int) -> None:
+    """The class column of the last decoder layer's head."""
+    with torch.no_grad():
+        model.heads.classes[-2].bias[column] = float("nan")
+
+
+def saved_file(folder: Path) -> Path:
+    return folder / "non_finite" / "step-00000012-rank-3.pt"
+
+
+def test_a_finite_step_passes_and_writes_nothing(tmp_path):
+    assert Step(tmp_path).take(a_batch())["loss"].isfinite()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_the_matcher_does_not_see(tmp_path):
+    """Column 3 belongs to no object, so all matching costs are finite."""
+    step = Step(tmp_path)
+    poison(step.model, 3)
+    with pytest.raises(FloatingPointError) as caught:
+        step.take(a_batch())
+    message = str(caught.value)
+    assert message.startswith("step 12, rank 3: the loss is nan; not finite: ")
+    assert "parameters heads.classes.5.bias (1 of 4)" in message
+    assert "outputs pred_logits (60 of 240)" in message
+    assert "losses loss_ce (1 of 1), loss (1 of 1)" in message
+    assert "inputs" not in message
+    assert "images [31, 32]" in message
+    assert str(saved_file(tmp_path)) in message
+    assert "\n" not in message
+    # In the order of the losses, all of them, as they were; and nothing moved without the step.
+    losses, report = replay(saved_file(tmp_path), CPU)
+    assert losses.keys() == step.losses.keys()
+    assert sum(not x.isfinite() for x in losses.values()) == 2
+    for name, value in step.losses.items():
+        torch.testing.assert_close(losses[name], value.detach(), rtol=0, atol=0, equal_nan=True)
+    assert "output that is not finite: heads.classes.5 (Linear)" in report
+    assert "loss: nan" in report
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_the_generator_is_restored_too(tmp_path, precision):
+    step = Step(tmp_path, precision, "cuda")
+    assert step.take(a_batch())["loss"].isfinite()
+    poison(step.model, 3)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan"):
+        step.take(a_batch())
+    losses, _ = replay(saved_file(tmp_path), torch.device("cuda"))
+    for name, value in step.losses.items():
+        torch.testing.assert_close(losses[name], value.detach(), rtol=1e-3, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_predictions_that_the_matcher_refuses(tmp_path, precision):
+    step = Step(tmp_path, precision)
+    poison(step.model, 1)
+    before = torch.get_rng_state()
+    with pytest.raises(FloatingPointError, match=r"matching cost.*pred_logits \(60\)"):
+        step.take(a_batch())
+    saved = torch.load(saved_file(tmp_path), weights_only=True)
+    batch = a_batch()
+    assert torch.equal(saved["batch"]["images"], batch.images)
+    assert torch.equal(saved["batch"]["padding_mask"], batch.padding_mask)
+    assert saved["batch"]["image_ids"] == [31, 32]
+    for got, expected in zip(saved["batch"]["targets"], batch.targets, strict=True):
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert (saved["step"], saved["epoch"], saved["rank"]) == (12, 1, 3)
+    assert not torch.equal(saved["generators"]["cpu"], before)
+    losses, report = replay(saved_file(tmp_path), CPU)
+    assert losses == {}
+    assert "matching cost" in report
+    assert "heads.classes.5 (Linear)" in report
+
+
+def test_an_image_without_objects_and_an_infinite_weight(tmp_path):
+    """No object, so the matcher reads no cost at all."""
+    step = Step(tmp_path)
+    with torch.no_grad():
+        step.model.heads.classes[-2].bias[0] = float("inf")
+    batch = a_batch()
+    batch.targets = [{"labels": t["labels"][:0], "boxes": t["boxes"][:0]} for t in batch.targets]
+    with pytest.raises(FloatingPointError, match=r"the loss is inf; .*classes\.5\.bias \(1 of 4\)"):
+        step.take(batch)
+
+
+def test_a_target_that_is_not_finite_is_named_as_an_input(tmp_path):
+    batch = a_batch()
+    batch.targets[1]["boxes"][0, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"not finite: inputs boxes of image 1 \(1 of 8\)"):
+        Step(tmp_path).take(batch)
+
+
+def test_weights_that_are_not_finite_reach_no_checkpoint():
+    model = torch.nn.Linear(2, 3)
+    require_finite_weights(model, 7)
+    with torch.no_grad():
+        model.weight[1, 1] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"after step 7.*parameters weight \(1 of 6\)"):
+        require_finite_weights(model, 7)
+
+
+def test_files_that_are_no_saved_step(tmp_path):
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    for name, words in {"none": "is no file", "other": "no saved step", "noise": "be read"}.items():
+        with pytest.raises(UserError, match=words) as caught:
+            replay(tmp_path / f"{name}.pt", CPU)
+        assert "\n" not in str(caught.value)
+
+
+POISONED = """
+import sys
+import torch
+import pipeline.train as trainer
+from pipeline.__main__ import COMMANDS
+from pipeline.cli import main
+
+build, seed, engines = trainer.build_engine, trainer.seed_step, []
+
+def build_engine(*given):
+    engines.append(build(*given))
+    return engines[0]
+
+def seed_step(value, step, rank):
+    seed(value, step, rank)
+    if step == 3 and rank == 1:
+        with torch.no_grad():
+            engines[0].module.heads.classes[-2].bias[:] = float("nan")
+
+trainer.build_engine, trainer.seed_step = build_engine, seed_step
+sys.exit(main("poisoned", "", COMMANDS, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_and_the_checkpoint_before_is_intact(drawn, tmp_path, run_command):
+    """NaN in one rank's weights: its matcher sees it before any gradient is exchanged, while the
+    other rank waits for gradients."""
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+            str(tmp_path / "poisoned.py"), "train", "demo", "--output", str(folder),
+            "--data.train", str(drawn.shards / "train"), "--data.val", str(drawn.shards / "val"),
+            "--optimizer.batch-size", "8", "--engine.checkpoint-steps", "2",
+            "--engine.log-every", "50", "--schedule.epochs", "2",
+        ],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    said = [x for x in done.stderr.splitlines() if "error: step 4, rank 1: " in x]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert "parameters heads.classes.5.bias" in said[0]
+    steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert steps == ["step-00000002"]
+    assert checkpoint.check(folder / "checkpoints" / steps[0]) is None
+    weights = checkpoint.load_model(folder)["model"]
+    assert all(x.isfinite().all() for x in weights.values())
+    file = folder / "non_finite" / "step-00000004-rank-1.pt"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    again = run_command("pipeline", "replay", file)
+    assert again.returncode == 0, again.stderr
+    assert "step 4, rank 1, images" in again.stdout
+    assert "heads.classes.5 (Linear)" in again.stdout
