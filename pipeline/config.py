@@ -159,7 +159,7 @@ class InitConfig:
     backbone: str = ""
     """ImageNet weights of the backbone in torchvision's key names."""
     weights: str = ""
-    """A published checkpoint of the same architecture, DETR's and torchvision's Faster R-CNN's too."""
+    """A published checkpoint: Deformable DETR's, DETR's or torchvision's Faster R-CNN's."""
 
 
 @dataclass(frozen=True)
