@@ -111,7 +111,8 @@ def make_batches(
             sides = np.concatenate([side * aspect, side / aspect], axis=1).clip(max=0.95)
             centres = random.uniform(sides / 2, 1 - sides / 2)
             boxes = torch.from_numpy(np.concatenate([centres, sides], axis=1)).float()
-            labels = torch.from_numpy(random.integers(0, num_classes, count))
+            # Column 0 is a Faster R-CNN's background, and no category of COCO's.
+            labels = torch.from_numpy(random.integers(min(1, num_classes - 1), num_classes, count))
             targets.append({"labels": labels, "boxes": boxes})
         pixels = random.integers(0, 256, (batch_size, 3, height, width), dtype=np.uint8)
         padding_mask = torch.zeros(batch_size, height, width, dtype=torch.bool)
