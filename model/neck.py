@@ -75,14 +75,15 @@ class BiFPN(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """L maps [N, C, H_l, W_l], each about half as large as the one before; the same shapes."""
+        """L maps [N, C, H_l, W_l], each half as large as the one before, rounded up, as stride 2
+        leaves them; the same shapes."""
         middle = [maps[-1]]
         for x, fuse in zip(reversed(maps[:-1]), self.down, strict=True):
             middle.insert(0, fuse(x, F.interpolate(middle[0], size=x.shape[-2:])))
         outputs = [middle[0]]
         last = len(maps) - 1
         for level, fuse in enumerate(self.up, start=1):
-            finer = F.adaptive_max_pool2d(outputs[-1], maps[level].shape[-2:])
+            finer = F.max_pool2d(outputs[-1], 3, stride=2, padding=1)
             inputs = [maps[level], finer] if level == last else [maps[level], middle[level], finer]
             outputs.append(fuse(*inputs))
         return outputs
