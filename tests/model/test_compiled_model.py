@@ -21,12 +21,11 @@ def _no_graphs_of_other_tests() -> Iterator[None]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"two_stage": True},
         {"neck": "bifpn"},
         {"architecture": "detr", "classification": "softmax", "num_levels": 1},
     ],
-    ids=["base", "two_stage", "bifpn", "detr"],
+    ids=["two_stage", "bifpn", "detr"],
 )
 def test_one_graph_for_images_of_any_size(
     changes: dict[str, Any], small_config: Callable[..., ModelConfig]
