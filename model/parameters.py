@@ -13,7 +13,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if name.startswith("backbone."):
+        if "backbone" in name.split("."):  # anywhere: other libraries nest theirs deeper
             groups["backbone"].append(parameter)
         elif "sampling_offsets" in name or "reference_points" in name:
             groups["offsets"].append(parameter)

@@ -17,7 +17,8 @@ from pipeline.data.batch import Batch
 from pipeline.data.labels import Labels
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.shards import ShardSet
-from pipeline.evaluate import AUTOCAST, evaluating, predict, records
+from pipeline.engine import AUTOCAST
+from pipeline.evaluate import evaluating, predict, records
 
 Result = dict[str, Tensor]
 SAME_OBJECT_IOU = 0.65

@@ -18,8 +18,8 @@ from model.criterion import build_criterion
 from model.detr import build_model
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
+from pipeline.engine import AUTOCAST
 from pipeline.errors import UserError
-from pipeline.evaluate import AUTOCAST
 
 MOST_NAMES = 6
 

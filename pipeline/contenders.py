@@ -25,11 +25,10 @@ from model.criterion import Targets, build_criterion
 from model.detr import build_model
 from model.parameters import parameter_groups
 from pipeline.config import RunConfig
-from pipeline.engine import build_engine, build_optimizer, start_process_group
+from pipeline.engine import AUTOCAST, build_engine, build_optimizer, start_process_group
 from pipeline.errors import UserError
 
 Operator = Callable[..., Tensor]
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _plain(
 
 
 def _autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    dtype = AUTOCAST[config.engine.precision]
+    dtype = AUTOCAST.get(config.engine.precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -213,23 +212,6 @@ def _deepspeed(config: RunConfig, device: torch.device) -> Contender:
     what = f"our model in the trainer's DeepSpeed engine, ZeRO stage {config.engine.zero_stage}"
     groups = list(parameter_groups(model).values())
     return Contender("deepspeed", what, groups, predict, score, engine.backward, engine.step)
-
-
-def _optimizer_like_ours(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW with the rates and groups of `build_optimizer`, for a model with other names."""
-    settings = config.optimizer
-    groups: dict[str, list[nn.Parameter]] = {"backbone": [], "offsets": [], "rest": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            offsets = "sampling_offsets" in name or "reference_points" in name
-            group = "backbone" if "backbone" in name else "offsets" if offsets else "rest"
-            groups[group].append(parameter)
-    rates = {"backbone": settings.backbone_lr, "offsets": settings.lr * settings.offsets_lr_factor}
-    return torch.optim.AdamW(
-        [{"params": p, "lr": rates.get(name, settings.lr)} for name, p in groups.items() if p],
-        weight_decay=settings.weight_decay,
-        fused=all(p.is_cuda for p in model.parameters()),
-    )
 
 
 def _transformers(config: RunConfig, device: torch.device) -> Contender:
@@ -305,7 +287,7 @@ def _transformers(config: RunConfig, device: torch.device) -> Contender:
         "weighs 1, no first-stage terms) outside of autocast on predictions cast to float32; "
         "backbone stages 2 to 4 trained as in ours"
     )
-    optimizer = _optimizer_like_ours(model, config)
+    optimizer = build_optimizer(model, config)
     return _plain("transformers", what, model, optimizer, config, predict, score)
 
 
@@ -361,7 +343,7 @@ def _official(path: Path, config: RunConfig, device: torch.device) -> Contender:
         "the official checkout with its own extension; under autocast the extension, which has no "
         "16-bit kernels, gets float32; its loss outside of autocast on predictions cast to float32"
     )
-    optimizer = _optimizer_like_ours(model, config)
+    optimizer = build_optimizer(model, config)
     return _plain("official", what, model, optimizer, config, predict, score)
 
 

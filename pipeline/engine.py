@@ -17,6 +17,9 @@ from pipeline.config import EngineConfig, RunConfig, ScheduleConfig
 from pipeline.data.loader import micro_batch_size
 from pipeline.errors import UserError
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""dtype of each precision that is not full."""
+
 
 def choose_device(config: EngineConfig) -> torch.device:
     """The device of this process. Raises `UserError` where what was asked for is not there."""

@@ -20,12 +20,12 @@ from pipeline.data.labels import Labels
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.objects import objects
 from pipeline.data.shards import ShardSet
+from pipeline.engine import AUTOCAST
 
 NAMES = (
     "AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L",
     "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L",
 )  # fmt: skip
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pipeline import checkpoint
 from pipeline.bad_step import LossCheck, Place, replay, require_finite_weights
 from pipeline.data.augment import Example
 from pipeline.data.batch import collate
+from pipeline.engine import AUTOCAST
 from pipeline.errors import UserError
-from pipeline.evaluate import AUTOCAST
 from pipeline.recipes import recipe
 
 ROOT = Path(__file__).resolve().parents[2]

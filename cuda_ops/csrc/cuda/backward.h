@@ -140,8 +140,8 @@ __device__ __forceinline__ void finish_reference(
 constexpr int kBackwardThreads = 256, kBackwardBlocks = 3;
 
 template <typename T, int C, int G>
-__global__ void __launch_bounds__(kBackwardThreads, sizeof(Wide<T>) == 8 ? 2 : kBackwardBlocks) backward_kernel(
-    const __grid_constant__ Attention<T> p) {
+__global__ void __launch_bounds__(kBackwardThreads, sizeof(Wide<T>) == 8 ? 2 : kBackwardBlocks)
+    backward_kernel(const __grid_constant__ Attention<T> p) {
   using A = Wide<T>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const int32_t in_warp = threadIdx.x % kWarp, lane = in_warp % G;

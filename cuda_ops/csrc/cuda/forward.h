@@ -16,7 +16,8 @@ struct ForwardShared {
 constexpr int kForwardThreads = 512, kForwardBlocks = 2;
 
 template <typename T, int C, int G>
-__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks) forward_kernel(const __grid_constant__ Attention<T> p) {
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
+    forward_kernel(const __grid_constant__ Attention<T> p) {
   using A = Wide<T>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   auto& shared = reinterpret_cast<ForwardShared<A>*>(shared_memory)[threadIdx.x / kWarp];
