@@ -1,6 +1,7 @@
 """Backbones: images [N, 3, H, W] to the feature maps of stages C3, C4, C5 (or C5 alone)."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torchvision
@@ -9,7 +10,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
 from cuda_ops.ops import modulated_deform_conv2d
-from model.config import ModelConfig
+from model.config import TINY, ModelConfig
 from model.precision import FullPrecisionGroupNorm, full_precision
 
 
@@ -22,16 +23,7 @@ class FrozenNormConv2d(nn.Conv2d):
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
         assert conv.bias is None
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            bias=False,
-        )
+        super().__init__(**_geometry(conv), bias=False)
         self.weight = conv.weight
         self.norm = norm
 
@@ -43,40 +35,72 @@ class FrozenNormConv2d(nn.Conv2d):
         return self._conv_forward(x, weight.to(x.dtype), shift.to(x.dtype))
 
 
-class DeformableNormConv2d(FrozenNormConv2d):
-    """A modulated deformable convolution (DCNv2, arXiv:1811.11168) and the frozen norm after it.
+class DeformableConv2d(nn.Conv2d):
+    """A modulated deformable convolution (DCNv2, arXiv:1811.11168) of one deformable group.
 
-    One deformable group; offsets and masks come from a convolution of the same geometry that
-    starts at zero, that is as a plain convolution of half the strength.
+    Offsets and masks come from a convolution of the same geometry that starts at zero, that is as
+    a plain convolution of half the strength.
     """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(**_geometry(conv), bias=False)
+        assert conv.bias is None
+        self.weight = conv.weight
+        self.offsets = _offsets_of(conv)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _deformed(self, self.offsets(x), x, weight, bias)
+
+
+class DeformableNormConv2d(FrozenNormConv2d):
+    """A `DeformableConv2d` and the frozen norm after it."""
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
         super().__init__(conv, norm)
-        self.taps = conv.weight.shape[-2] * conv.weight.shape[-1]
-        self.offsets = nn.Conv2d(
-            conv.in_channels,
-            3 * self.taps,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-        )
-        nn.init.zeros_(self.offsets.weight)
-        assert self.offsets.bias is not None
-        nn.init.zeros_(self.offsets.bias)
+        self.offsets = _offsets_of(conv)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        offset, mask = self.offsets(x).split((2 * self.taps, self.taps), dim=1)
-        return modulated_deform_conv2d(
-            x,
-            offset,
-            mask.sigmoid(),
-            weight,
-            bias,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-        )
+        return _deformed(self, self.offsets(x), x, weight, bias)
+
+
+def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    """How a convolution walks over its input, as arguments of another one."""
+    names = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+    )
+    return {name: getattr(conv, name) for name in names}
+
+
+def _offsets_of(conv: nn.Conv2d) -> nn.Conv2d:
+    """Predicts two offsets and a mask for each tap of `conv` at each place; starts at zero."""
+    taps = conv.weight.shape[-2] * conv.weight.shape[-1]
+    offsets = nn.Conv2d(**_geometry(conv) | {"out_channels": 3 * taps, "groups": 1})
+    for parameter in offsets.parameters():
+        nn.init.zeros_(parameter)
+    return offsets
+
+
+def _deformed(
+    conv: nn.Conv2d, predicted: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    taps = weight.shape[-2] * weight.shape[-1]
+    offset, mask = predicted.split((2 * taps, taps), dim=1)
+    return modulated_deform_conv2d(
+        x,
+        offset,
+        mask.sigmoid(),
+        weight,
+        bias,
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+    )
 
 
 class ResNet(nn.Module):
@@ -120,21 +144,26 @@ class TinyBackbone(nn.Module):
     """A stem and four basic residual blocks, for small images on a CPU.
 
     Group norm, so that a step does not depend on how its batch is spread over processes.
+    `deformable` and `dilation` are what they are in a ResNet.
     """
 
-    def __init__(self, multi_level: bool) -> None:
+    def __init__(self, deformable: bool, dilation: bool, multi_level: bool) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, 24, 3, stride=2, padding=1),  # at this size a norm costs a tenth of a step
             nn.ReLU(inplace=True),
         )
         widths = [24, 32, 64, 96, 128]
-        self.stages = nn.ModuleList(
-            _residual_stage(inputs, outputs) for inputs, outputs in pairwise(widths)
-        )
+        stages = [_residual_stage(inputs, outputs) for inputs, outputs in pairwise(widths)]
+        self.stages = nn.ModuleList(stages)
+        if dilation:
+            _dilate(stages[-1])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if deformable:
+            for stage in stages[1:]:
+                stage.conv2 = DeformableConv2d(stage.conv2)
         self.multi_level = multi_level
         self.pyramid_channels = widths[1:]
         self.channels = widths[2:] if multi_level else widths[4:]
@@ -157,18 +186,24 @@ def build_backbone(config: ModelConfig) -> ResNet | TinyBackbone:
     """The backbone `config` names, its weights in channels-last order."""
     multi_level = config.num_levels > 1
     backbone: ResNet | TinyBackbone
-    if config.backbone == "tiny":
-        backbone = TinyBackbone(multi_level)
+    if config.backbone in TINY:
+        backbone = TinyBackbone(config.backbone == "tiny_dcn", config.dilation, multi_level)
     else:
         backbone = ResNet(config.backbone, config.dilation, multi_level)
     return backbone.to(memory_format=torch.channels_last)
 
 
-def _residual_stage(inputs: int, outputs: int) -> nn.Module:
+def _residual_stage(inputs: int, outputs: int) -> BasicBlock:
     shortcut = nn.Sequential(
         nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), _group_norm(outputs)
     )
     return BasicBlock(inputs, outputs, stride=2, downsample=shortcut, norm_layer=_group_norm)
+
+
+def _dilate(stage: BasicBlock) -> None:
+    """Keeps the stage's input resolution; what comes after its stride looks twice as far."""
+    stage.conv1.stride = stage.downsample[0].stride = (1, 1)
+    stage.conv2.dilation = stage.conv2.padding = (2, 2)
 
 
 class _GroupNorm(FullPrecisionGroupNorm):

@@ -11,7 +11,9 @@ BackboneName = Literal[
     "resnext101_32x8d",
     "resnext101_64x4d_dcn",
     "tiny",
+    "tiny_dcn",
 ]
+TINY = ("tiny", "tiny_dcn")
 Architecture = Literal["deformable_detr", "detr", "faster_rcnn"]
 Classification = Literal["focal", "softmax"]
 NeckName = Literal["plain", "fpn", "bifpn"]
@@ -35,7 +37,7 @@ class ModelConfig:
     """Detections per image before the top ones are taken; in two-stage the proposals kept."""
     backbone: BackboneName = "resnet50"
     """`_dcn` has modulated deformable convolutions (DCNv2) for the 3x3 ones of stages C3 to C5;
-    `tiny` is a small network for training from scratch on a CPU."""
+    `tiny` is a small network for training from scratch on a CPU, `tiny_dcn` the same with them."""
     dilation: bool = False
     """DC5: the last stage keeps stride 16 and dilates its convolutions instead."""
     num_levels: int = 4
@@ -122,8 +124,6 @@ class ModelConfig:
             for term in ("class", "bbox", "giou"):
                 value = getattr(self, f"{term}_{name}")
                 _require(self, f"{term}_{name}", 0 <= value < math.inf, "a finite number >= 0")
-        if self.dilation and self.backbone == "tiny":
-            raise ValueError("dilation: got True with backbone tiny, expected a ResNet")
         dense = self.architecture == "detr"
         if dense and (self.num_levels != 1 or self.refines):
             raise ValueError(

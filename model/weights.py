@@ -151,14 +151,27 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error) or "an empty file").splitlines()[0]
-        raise ValueError(f"{path}: {reason}; expected a state dict by torch.save") from error
+    except OSError:
+        raise
+    except Exception as error:  # a file of another kind trips the reader in every way there is
+        raise ValueError(
+            f"{path}: {_unread(error)}; expected a state dict by torch.save"
+        ) from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
         raise ValueError(f"{path}: got no dict of tensors, expected a model's state dict")
     return content
+
+
+def _unread(error: Exception) -> str:
+    """Why a file is no state dict. torch's own words would propose to run the code in it."""
+    named = re.search(r"(?:GLOBAL|whose module) (\S+)", str(error))
+    if named and isinstance(error, pickle.UnpicklingError):
+        return f"it refers to {named[1]}, and nothing but tensors and plain values is read"
+    if "zip archive" in str(error):
+        return "the file is cut short or damaged"
+    return "the file is empty" if isinstance(error, EOFError) else "it cannot be read"
 
 
 def _official_names(key: str, config: ModelConfig) -> list[str]:

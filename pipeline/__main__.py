@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
 from pipeline.errors import UserError
-from pipeline.recipes import RECIPES
+from pipeline.recipes import DEMO_SCALE, RECIPES
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,9 @@ def run_recipes(args: list[str]) -> None:
         raise UserError(f"python -m pipeline recipes takes no options, got {args}")
     for name, function in RECIPES.items():
         print(f"{name}\n    {(function.__doc__ or '').strip().splitlines()[0]}")
+    print(
+        f"NAME{DEMO_SCALE}\n    Any of these at demo scale: small, from scratch, minutes on a CPU."
+    )
 
 
 COMMANDS = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import TINY, ModelConfig
 from model.detr import build_model
 from model.weights import load_backbone, load_official, read_state_dict
 from pipeline.checkpoint import load_model
@@ -40,7 +40,7 @@ def initial_model(config: RunConfig) -> tuple[nn.Module, str]:
             raise UserError(f"init.backbone {backbone}: {shortened(str(error))}") from None
     if weights:
         return model, load_weights(model, Path(weights), config.model)
-    if not backbone and config.model.backbone != "tiny":
+    if not backbone and config.model.backbone not in TINY:
         return model, (
             f"{config.model.backbone} starts from random weights; --init.backbone FILE gives it "
             f"ImageNet's, which the published AP needs"

@@ -39,7 +39,6 @@ def test_two_stage_implies_refinement() -> None:
         ({"giou_cost": float("inf")}, "giou_cost: got inf, expected a finite number"),
         ({"bbox_weight": -1.0}, "bbox_weight: got -1.0"),
         ({"proposal_scale": 0.0}, "proposal_scale: got 0.0"),
-        ({"dilation": True, "backbone": "tiny"}, "dilation: got True with backbone tiny"),
         ({"two_stage": True, "auxiliary_loss": False}, "auxiliary_loss: got False"),
     ],
 )

@@ -309,10 +309,18 @@ def test_files_that_are_no_weights_are_refused(
         torch.save(content, tmp_path / name)
     (tmp_path / "noise").write_bytes(b"\x00\x01 no checkpoint")
     (tmp_path / "empty").write_bytes(b"")
-    for name in ("harm", "list", "text", "noise", "empty"):
+    (tmp_path / "page").write_bytes(b"hello, I am a page of a web server")
+    (tmp_path / "short").write_bytes((tmp_path / "list").read_bytes()[:300])
+    reasons = {
+        "harm": "it refers to", "list": "got no dict", "text": "got no dict", "empty": "is empty",
+        "noise": "cannot be read", "page": "cannot be read", "short": "cut short or damaged",
+    }  # fmt: skip
+    for name, reason in reasons.items():
         with pytest.raises(ValueError, match="expected a") as error:
             read_state_dict(tmp_path / name)
-        assert name in str(error.value)
+        assert f"{name}: " in str(error.value)
+        assert reason in str(error.value)
+        assert "weights_only" not in str(error.value)  # torch's advice to run what is in the file
         assert "\n" not in str(error.value)
     assert "must not run" not in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ def data(drawn, labels: str) -> DataConfig:
 def test_it_learns_evaluates_and_draws(drawn, tmp_path, run_command):
     folder = tmp_path / "run"
     arguments = [
-        "pipeline", "train", "demo_faster_rcnn", "--output", folder,
+        "pipeline", "train", "faster_rcnn_r50_fpn_demo", "--output", folder,
         "--data.train", drawn.shards / "train", "--data.val", drawn.shards / "val",
         "--schedule.epochs", 4, "--optimizer.batch-size", 8, "--engine.log-every", 1,
         "--engine.checkpoint-steps", 5, "--engine.device", "cpu",
@@ -53,7 +53,7 @@ def test_it_learns_evaluates_and_draws(drawn, tmp_path, run_command):
     assert f"{best:.3f}" in again.stdout.splitlines()[1]
 
 
-@pytest.mark.parametrize("name", ["demo_faster_rcnn", "faster_rcnn_r50_fpn"])
+@pytest.mark.parametrize("name", ["faster_rcnn_r50_fpn_demo", "faster_rcnn_r50_fpn"])
 def test_a_category_in_the_backgrounds_column_is_refused(drawn, name):
     config = replace(recipe(name), data=data(drawn, "contiguous"))
     with pytest.raises(UserError, match=r"in column 0, expected none.*--data\.labels cont"):
