@@ -1,4 +1,7 @@
-"""A small set of drawn pictures as shards, shared by the tests of training and jobs."""
+"""A small set of drawn pictures as shards, shared by the tests of training and jobs.
+
+Also what several test processes (`make test`) need to get along.
+"""
 
 import json
 import os
@@ -10,6 +13,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ  # processes that run the tests
+if ONE_OF_SEVERAL:
+    # A core each; set before torch is imported, and for the processes that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes long tests come first, lest one is left with them at the end."""
+    if ONE_OF_SEVERAL:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @dataclass(frozen=True)

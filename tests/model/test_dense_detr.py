@@ -1,6 +1,5 @@
 """DETR against transformers' `DetrForObjectDetection`, PyTorch's attention and cross entropy."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -33,51 +32,8 @@ SMALL = ModelConfig(
     class_cost=1.0,
 )
 
-# transformers' names to the published ones.
-RULES = [
-    (r"^model\.backbone\.model\.embedder\.embedder\.convolution", "backbone.0.body.conv1"),
-    (r"^model\.backbone\.model\.embedder\.embedder\.normalization", "backbone.0.body.bn1"),
-    (r"\.shortcut\.convolution", ".downsample.0"),
-    (r"\.shortcut\.normalization", ".downsample.1"),
-    (r"^model\.input_projection", "input_proj"),
-    (r"^model\.query_position_embeddings", "query_embed"),
-    (r"^model\.decoder\.layernorm", "transformer.decoder.norm"),
-    (r"^model\.(?!backbone)", "transformer."),
-    (r"self_attn_layer_norm", "norm1"),
-    (r"encoder_attn_layer_norm", "norm2"),
-    (r"(encoder\.layers\.\d+)\.final_layer_norm", r"\1.norm2"),
-    (r"(decoder\.layers\.\d+)\.final_layer_norm", r"\1.norm3"),
-    (r"encoder_attn", "multihead_attn"),
-    (r"\.mlp\.fc(\d)", r".linear\1"),
-    (r"attn\.o_proj", "attn.out_proj"),
-    (r"^class_labels_classifier", "class_embed"),
-    (r"^bbox_predictor", "bbox_embed"),
-]
 
-
-def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for name, value in state.items():
-        name = re.sub(
-            r"^model\.backbone\.model\.encoder\.stages\.(\d)\.layers\.(\d+)\.",
-            lambda m: f"backbone.0.body.layer{int(m[1]) + 1}.{m[2]}.",
-            name,
-        )
-        name = re.sub(
-            r"\.layer\.(\d)\.(convolution|normalization)",
-            lambda m: f".{'conv' if m[2] == 'convolution' else 'bn'}{int(m[1]) + 1}",
-            name,
-        )
-        for pattern, replacement in RULES:
-            name = re.sub(pattern, replacement, name)
-        result[name] = value
-    for name in [n for n in result if "attn.q_proj." in n]:
-        parts = [result.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
-        result[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-    return result
-
-
-def test_outputs_and_gradients() -> None:
+def test_outputs_and_gradients(published_names: Callable) -> None:
     torch.manual_seed(3)
     theirs = DetrForObjectDetection(
         DetrConfig(
@@ -108,7 +64,7 @@ def test_outputs_and_gradients() -> None:
             if "running_var" in name or name.endswith("normalization.weight"):
                 buffer.uniform_(0.6, 1.2)
     ours = build_model(SMALL).double()
-    load_official(ours, published_names(theirs.state_dict()))
+    load_official(ours, published_names("detr", theirs.state_dict()))
 
     images = torch.randn(2, 3, 96, 128, dtype=torch.float64)
     padding = torch.zeros(2, 96, 128, dtype=torch.bool)
@@ -123,7 +79,7 @@ def test_outputs_and_gradients() -> None:
 
     (found["pred_boxes"].square().sum() + found["pred_logits"].sin().sum()).backward()
     (expected.pred_boxes.square().sum() + expected.logits.sin().sum()).backward()
-    gradients = published_names({n: p.grad for n, p in theirs.named_parameters()})
+    gradients = published_names("detr", {n: p.grad for n, p in theirs.named_parameters()})
     for module, name, rows in (
         (ours.encoder[0].attention.query_key_proj, "encoder.layers.0.self_attn.in_proj_", 128),
         (

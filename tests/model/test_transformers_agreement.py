@@ -1,63 +1,21 @@
 """Our network against transformers' `DeformableDetrForObjectDetection`, which others wrote."""
 
-import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
 from model.config import ModelConfig
 from model.detr import build_model
 from model.weights import load_official
 
-# transformers' names to the published ones.
-RULES = [
-    (r"^model\.backbone\.model\.embedder\.embedder\.convolution", "backbone.0.body.conv1"),
-    (r"^model\.backbone\.model\.embedder\.embedder\.normalization", "backbone.0.body.bn1"),
-    (r"\.shortcut\.convolution", ".downsample.0"),
-    (r"\.shortcut\.normalization", ".downsample.1"),
-    (r"^model\.(input_proj)", r"\1"),
-    (r"^model\.query_position_embeddings", "query_embed"),
-    (r"^model\.(?!backbone)", "transformer."),
-    (r"(encoder\.layers\.\d+)\.self_attn_layer_norm", r"\1.norm1"),
-    (r"(transformer\.encoder\.layers\.\d+)\.final_layer_norm", r"\1.norm2"),
-    (r"(decoder\.layers\.\d+)\.self_attn_layer_norm", r"\1.norm2"),
-    (r"encoder_attn_layer_norm", "norm1"),
-    (r"(decoder\.layers\.\d+)\.final_layer_norm", r"\1.norm3"),
-    (r"encoder_attn", "cross_attn"),
-    (r"\.mlp\.fc(\d)", r".linear\1"),
-    (r"self_attn\.o_proj", "self_attn.out_proj"),
-]
-
-
-def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for name, value in state.items():
-        name = re.sub(
-            r"^model\.backbone\.model\.encoder\.stages\.(\d)\.layers\.(\d+)\.",
-            lambda m: f"backbone.0.body.layer{int(m[1]) + 1}.{m[2]}.",
-            name,
-        )
-        name = re.sub(
-            r"\.layer\.(\d)\.(convolution|normalization)",
-            lambda m: f".{'conv' if m[2] == 'convolution' else 'bn'}{int(m[1]) + 1}",
-            name,
-        )
-        for pattern, replacement in RULES:
-            name = re.sub(pattern, replacement, name)
-        result[name] = value
-    for name in [n for n in result if ".self_attn.q_proj." in n]:
-        parts = [result.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
-        result[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-    return result
-
 
 @pytest.mark.parametrize(
     "changes", [{}, {"box_refine": True}, {"two_stage": True}], ids=["base", "refine", "two_stage"]
 )
-def test_outputs_and_gradients(changes: dict[str, Any]) -> None:
+def test_outputs_and_gradients(changes: dict[str, Any], published_names: Callable) -> None:
     config = ModelConfig(
         num_classes=6,
         num_queries=12,
@@ -108,7 +66,7 @@ def test_outputs_and_gradients(changes: dict[str, Any]) -> None:
             if "running_var" in name or name.endswith("normalization.weight"):
                 buffer.uniform_(0.6, 1.2)
     ours = build_model(config).double()
-    load_official(ours, published_names(theirs.state_dict()))
+    load_official(ours, published_names("deformable_detr", theirs.state_dict()))
 
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     padding = torch.zeros(2, 64, 96, dtype=torch.bool)
@@ -132,10 +90,11 @@ def test_outputs_and_gradients(changes: dict[str, Any]) -> None:
     (found["pred_boxes"].square().sum() + found["pred_logits"].sin().sum()).backward()
     (expected.pred_boxes.square().sum() + expected.logits.sin().sum()).backward()
     gradients = published_names(
+        "deformable_detr",
         {
             name: p.grad if p.grad is not None else torch.zeros_like(p)
             for name, p in theirs.named_parameters(remove_duplicate=False)
-        }
+        },
     )
     checked = [
         (

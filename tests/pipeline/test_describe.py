@@ -173,16 +173,16 @@ def test_the_table_has_a_row_for_each_recipe_asked_for():
     assert lines[3].split("|")[-2].strip() == ""
 
 
-def test_the_command_prints_and_writes(run_command, tmp_path):
+def test_the_command_prints_and_writes(run, tmp_path):
     file = tmp_path / "costs.json"
-    done = run_command("pipeline", "describe", "demo", "detr_r50", "--output", file)
-    assert done.returncode == 0, done.stderr
+    status, printed, complaint = run("describe", "demo", "detr_r50", "--output", file)
+    assert status == 0, complaint
     content = json.loads(file.read_text())
     assert content["size"] == [800, 1066]
     assert [row["recipe"] for row in content["recipes"]] == ["demo", "detr_r50"]
     assert content["recipes"][1]["parameters"] == 41_524_768
-    assert "| detr_r50" in done.stdout
-    assert "41.52" in done.stdout
+    assert "| detr_r50" in printed
+    assert "41.52" in printed
 
 
 def test_without_names_every_recipe_is_described(run, tmp_path, monkeypatch):

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.__main__ import COMMANDS
 from pipeline.checkpoint import checkpoint_path, load_model
+from pipeline.cli import main
 from pipeline.tracking import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +89,9 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(drawn, tmp_path):
     assert any("resumed after step" in text for text in texts)
 
 
-def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(drawn, tmp_path, run_command):
+def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(
+    drawn, tmp_path, run_command, capsys
+):
     folder = tmp_path / "r50"
     options = [
         "--optimizer.batch-size", 8, "--engine.micro-batch", 4, "--schedule.epochs", 1,
@@ -109,10 +113,10 @@ def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(drawn, tmp_p
     assert content["labels"]["category_of"][max(ids)] == max(ids)
     assert sum(c >= 0 for c in content["labels"]["category_of"]) == len(ids)
 
-    again = run_command("pipeline", "evaluate", "--checkpoint", folder, "--data",
-                        drawn.shards / "val", "--output", tmp_path / "results.json")  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    assert f"{lines[-1]['AP']:.3f}" in again.stdout.splitlines()[1]
+    options = ["--data", drawn.shards / "val", "--output", tmp_path / "results.json"]
+    arguments = ["evaluate", "--checkpoint", folder, *options]
+    assert main("python -m pipeline", "", COMMANDS, [str(x) for x in arguments]) == 0
+    assert f"{lines[-1]['AP']:.3f}" in capsys.readouterr().out.splitlines()[1]
     assert json.loads((tmp_path / "results.json").read_text())[0].keys() == {
         "image_id", "category_id", "bbox", "score",
     }  # fmt: skip
