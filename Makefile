@@ -12,7 +12,7 @@ demo: setup
 # A process a core, up to four: each begins with a stretch of the tests, then takes over from the
 # others, so that fixtures are made about once. Not --dist loadfile, which starts a test that
 # crashes again and again, nor loadgroup, which pytest-xdist 3.8 does not do with pytest 9.2.
-TEST_PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
+TEST_PROCESSES ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 4 ? cores : 4)))
 test: setup check
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 

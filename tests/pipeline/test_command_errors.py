@@ -20,6 +20,11 @@ def check_one_line(stdout: str, stderr: str, words: list[str]) -> None:
     [
         (["train", "dmo"], ["unknown recipe 'dmo'", "'demo'"]),
         (["train", "demo", "--output", "x", "--optimizer.lrr", "1"], ["--optimizer.lr"]),
+        (["train", "demo", "--output", "x"], ["--data.train"]),
+        (
+            ["train", "demo", "--output", "x", "--data.train", "tests", "--data.val", "tests"],
+            ["not a shard folder"],
+        ),
         (["evaluate", "--checkpoint", "/none", "--data", "tests"], ["'/none' does not exist"]),
         (["trian"], ["unknown command 'trian'", "train"]),
         (["evaluate", "--checkpoint", "tests", "--data", "tests", "--device", "gpu"], ["'gpu'"]),
@@ -36,11 +41,6 @@ def test_one_clear_line(capsys, arguments, words):
     ("arguments", "words"),
     [
         (["predict", "--checkpoint", "tests"], ["Missing", "--data"]),
-        (["train", "demo", "--output", "x"], ["--data.train"]),
-        (
-            ["train", "demo", "--output", "x", "--data.train", "tests", "--data.val", "tests"],
-            ["not a shard folder"],
-        ),
         (
             ["train", "demo", "--output", "x", "--data.train", "/none", "--data.val", "/none"],
             ["'/none' does not exist", "data_prep convert"],
