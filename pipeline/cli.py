@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -75,10 +76,11 @@ def _options_of(kind: Any, prefix: str = "--") -> list[str]:
 
 def _one_line(panel: str, known: list[str]) -> str:
     """tyro's framed message as one line: what is wrong, and the option it might have meant."""
-    # A title in the frame, then the message, then after a rule what surrounds it.
+    # A title in the frame, then the message, then after a rule what surrounds it. Where the
+    # terminal has no line characters, the frame is a rule of hyphens below the title alone.
     rows = [line.strip("│╭╰╮╯ ") for line in panel.splitlines()][1:]
-    rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
-    lines = [row for row in rows[:rule] if row]
+    rows = list(dropwhile(_is_rule, rows))
+    lines = [row for row in takewhile(lambda row: not _is_rule(row), rows) if row]
     first = " ".join(line for line in lines if not line.startswith("--")) or panel.strip()
     if first.startswith("Unrecognized"):
         given = first.split(": ", 1)[1].split(", ")[0].split("=")[0]
@@ -88,6 +90,10 @@ def _one_line(panel: str, known: list[str]) -> str:
     if first.startswith("Missing"):
         return f"{lines[0]} {', '.join(line for line in lines if line.startswith('--'))}"
     return first
+
+
+def _is_rule(row: str) -> bool:
+    return len(row) > 2 and set(row) <= {"─", "-"}
 
 
 def parse_run(

@@ -37,6 +37,14 @@ def test_one_clear_line(capsys, arguments, words):
     check_one_line(said.out, said.err, words)
 
 
+def test_without_line_characters_the_message_is_the_same(run_command):
+    """tyro's frames are of hyphens where the locale has no others."""
+    arguments = ("pipeline", "predict", "--checkpoint", "tests")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    said = [run_command(*arguments, **environment).stderr for environment in ({}, plain)]
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
