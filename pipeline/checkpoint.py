@@ -24,11 +24,10 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `epoch` and `step_in_epoch` say which global batch comes next."""
+    """How far a run is. `step` says which global batch comes next; `epoch` ones are evaluated."""
 
     step: int = 0
     epoch: int = 0
-    step_in_epoch: int = 0
     best_ap: float = -1.0
     best_step: int = -1
 

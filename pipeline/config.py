@@ -134,6 +134,12 @@ class EngineConfig:
     0: all of them at once."""
     loader_workers: int = 4
     """Processes that decode and augment, for each training process. 0: in the process itself."""
+    group_by_shape: bool = False
+    """Images of like shape share a micro-batch, so that less is padded. The images of a global
+    batch stay the same."""
+    max_padded_pixels: int = 0
+    """Most images x height x width of a micro-batch, padding included; a bound on its memory. Where
+    it is passed, the global batch is cut into more and smaller ones. 0: no bound."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_steps: int = 0
@@ -144,7 +150,7 @@ class EngineConfig:
     """Deterministic algorithms only (on a GPU this costs speed)."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "loader_workers", "checkpoint_steps"):
+        for name in ("micro_batch", "loader_workers", "checkpoint_steps", "max_padded_pixels"):
             value = getattr(self, name)
             _require(value >= 0, f"engine.{name}", value, "0 or more")
         for name in ("log_every", "keep_checkpoints"):

@@ -73,7 +73,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(value)
 
 
-def learning_rate_factor(config: ScheduleConfig, steps_per_epoch: int) -> Callable[[int], float]:
+def learning_rate_factor(config: ScheduleConfig, steps_per_epoch: float) -> Callable[[int], float]:
     """step -> factor on every learning rate: linear warm-up, then drops by ten or a cosine."""
     total = config.epochs * steps_per_epoch
     warmup = round(config.warmup_fraction * total)
@@ -134,7 +134,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     return settings
 
 
-def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: int) -> Any:
+def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: float) -> Any:
     """A DeepSpeedEngine over the model: ZeRO, mixed precision, clipping and the schedule."""
     import deepspeed
 

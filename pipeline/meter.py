@@ -21,7 +21,7 @@ class Meter:
 
     def restart(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.calls = self.steps = 0
+        self.steps = 0
         self.waited, self.since = 0.0, time.perf_counter()
 
     def timed(self, steps: Iterable[T]) -> Iterator[T]:
@@ -36,30 +36,32 @@ class Meter:
             self.steps += 1
             yield step
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """The losses of one forward pass."""
-        self.calls += 1
+    def add(self, losses: dict[str, Tensor], passes: int) -> None:
+        """The losses of one of the step's `passes` through the model."""
         for name, value in losses.items():
-            value = value.detach()
+            value = value.detach() / passes
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def flush(self, step: int) -> dict[str, float]:
-        """Mean losses over passes and ranks, `images_per_second`, `data_wait` (a share of the
-        time) and on a GPU `memory_gib` since the last call (collective).
+        """Since the last call (collective): mean losses over steps and ranks, `images_per_second`,
+        `data_wait` (seconds a step that the rank with the slowest loader waited for its data) and
+        on a GPU `memory_gib`.
 
         Raises `FloatingPointError` naming the losses that are not finite.
         """
         names = sorted(self.sums)
         means = torch.stack([self.sums[n].float() for n in names])
-        means = means / (self.calls * dist.get_world_size())
+        means = means / (self.steps * dist.get_world_size())
         dist.all_reduce(means)
+        wait = torch.tensor(self.waited / self.steps, device=means.device)
+        dist.all_reduce(wait, dist.ReduceOp.MAX)
         values = dict(zip(names, means.tolist(), strict=True))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(f"after step {step}: not finite: {', '.join(bad)}")
         seconds = time.perf_counter() - self.since
         values["images_per_second"] = self.steps * self.batch_size / seconds
-        values["data_wait"] = self.waited / seconds
+        values["data_wait"] = wait.item()
         if torch.cuda.is_available():
             values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.restart()

@@ -96,7 +96,8 @@ def loader_speed(
         engine=replace(config.engine, micro_batch=0),
     )
     queue = 2 * config.engine.loader_workers  # the DataLoader's own prefetching
-    counted = len(shards) // batch_size - 2 * queue - 1
+    epoch = len(shards) // batch_size
+    counted = epoch - 2 * queue - 1
     if counted < 1:
         raise UserError(
             f"--data {shards.folder}: got {len(shards)} images, expected "
@@ -104,7 +105,7 @@ def loader_speed(
             f"{config.engine.loader_workers} workers"
         )
     labels = build_labels(shards.categories, config.data.labels)
-    steps = training_steps(shards, labels, config, 0, 0, 0, 1, pin_memory=cuda)
+    steps = training_steps(shards, labels, config, range(epoch), 0, 1, pin_memory=cuda)
     for _ in range(queue + 1):
         next(steps)
     done, start = 0, time.perf_counter()
@@ -201,7 +202,7 @@ def surroundings(config: RunConfig, device: torch.device, size: tuple[int, int])
         "device_memory": torch.cuda.get_device_properties(device).total_memory / 2**20
         if cuda
         else None,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -210,20 +211,20 @@ def surroundings(config: RunConfig, device: torch.device, size: tuple[int, int])
             "matmul": torch.backends.cuda.matmul.allow_tf32,
             "cudnn": torch.backends.cudnn.allow_tf32,
         },
-        "commit": _commit(),
+        "commit": commit(),
         "images": "uint8 noise without padding",
         "boxes": f"geometric of mean {MEAN_BOXES} an image, at most {MOST_BOXES}",
         "units": "milliseconds, MiB; medians over steps, of `step` over rounds",
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checkout's commit, with "-dirty" where sources differ from it; "unknown" without git."""
 
     def git(*arguments: str) -> str:

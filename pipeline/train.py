@@ -3,7 +3,9 @@
 Starting a run whose folder exists resumes it. Nothing here knows who launched it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from pipeline.bad_step import LossCheck, Place, require_finite_weights
 from pipeline.checkpoint import Progress
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
-from pipeline.data.loader import steps_per_epoch, training_steps
+from pipeline.data.loader import on_device, steps_per_epoch, training_steps
+from pipeline.data.order import first_step
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.engine import build_engine, choose_device, seed_step, start_process_group
 from pipeline.evaluate import detect, gather, ground_truth, summarize
@@ -42,7 +45,7 @@ class Run:
     log: MetricsLog
     initial: str  # what the weights before the first step were
     truth: Any  # pycocotools' COCO on rank 0, else None
-    steps_per_epoch: int
+    steps_per_epoch: float
     rank: int
     world: int
 
@@ -57,8 +60,9 @@ def train(config: RunConfig, folder: Path) -> Path:
     """
     run = start(config, folder)
     progress = resume(run)
+    steps = remaining_steps(run, progress)
     for epoch in range(progress.epoch, run.config.schedule.epochs):
-        progress = train_epoch(run, progress)
+        progress = train_epoch(run, progress, steps)
         progress = evaluate_epoch(run, progress, epoch + 1)
         save(run, progress)
         if run.rank == 0:
@@ -110,7 +114,7 @@ def resume(run: Run) -> Progress:
     if run.rank == 0:
         run.log.rewind(progress.step)
         epochs = run.config.schedule.epochs
-        length = {"steps": epochs * run.steps_per_epoch, "epochs": epochs, "world": run.world}
+        length = {"steps": end_of_epoch(run, epochs), "epochs": epochs, "world": run.world}
         run.log.write("event", progress.step, float(progress.epoch), event="start", **length)
         for text in said:
             run.log.write("event", progress.step, float(progress.epoch), event="message", text=text)
@@ -118,55 +122,61 @@ def resume(run: Run) -> Progress:
     return progress
 
 
-def train_epoch(run: Run, progress: Progress) -> Progress:
+def train_epoch(run: Run, progress: Progress, steps: Iterator[list[Batch]]) -> Progress:
     """Trains from `progress` to the end of its epoch, logging and checkpointing on the way."""
     engine, settings = run.engine, run.config.engine
     engine.train()
     meter = Meter(run.config.optimizer.batch_size)
-    for micro_batches in meter.timed(epoch_steps(run, progress)):
+    last_step = end_of_epoch(run, progress.epoch + 1)
+    for micro_batches in meter.timed(islice(steps, last_step - progress.step)):
         seed_step(run.config.seed, progress.step, run.rank)
         # The engine averages over micro-batches and ranks. This normaliser makes that average the
         # loss of the whole global batch, divided by its number of boxes.
-        num_boxes = global_boxes(micro_batches, run.device) / (run.world * len(micro_batches))
+        passes = len(micro_batches)
+        num_boxes = global_boxes(micro_batches, run.device) / (run.world * passes)
         place = Place(run.folder, run.config, progress.step + 1, progress.epoch, run.rank)
-        for batch in micro_batches:
-            batch = batch.to(run.device)
+        for i, batch in enumerate(micro_batches):
+            # A bound on padding may cut a step into more passes than the engine was told.
+            engine.set_gradient_accumulation_boundary(i == passes - 1)
             check = LossCheck(place, engine.module, batch, num_boxes)
             outputs = engine(batch.normalized_images(), batch.padding_mask)
             losses = check.losses(run.criterion, outputs)
-            engine.backward(losses["loss"])
+            engine.backward(losses["loss"] * (engine.gradient_accumulation_steps() / passes))
             check.require_finite()
             engine.step()
-            meter.add(losses)
-        progress = replace(
-            progress, step=progress.step + 1, step_in_epoch=progress.step_in_epoch + 1
-        )
-        last = progress.step_in_epoch == run.steps_per_epoch
+            meter.add(losses, passes)
+        progress = replace(progress, step=progress.step + 1)
+        last = progress.step == last_step
         saves = not last and is_multiple(progress.step, settings.checkpoint_steps)
         # A line before each checkpoint: a resumed run then averages over the same steps.
         if last or saves or is_multiple(progress.step, settings.log_every):
             log_step(run, progress, meter)
         if saves:
             save(run, progress)
-    return replace(progress, epoch=progress.epoch + 1, step_in_epoch=0)
+    return replace(progress, epoch=progress.epoch + 1)
 
 
 def is_multiple(step: int, period: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def epoch_steps(run: Run, progress: Progress) -> Any:
-    """For each step that remains of the epoch: this rank's micro-batches."""
-    return training_steps(
+def end_of_epoch(run: Run, epochs: int) -> int:
+    """The number of steps after which every sample has been seen `epochs` times."""
+    return first_step(len(run.dataset.train), run.config.optimizer.batch_size, epochs)
+
+
+def remaining_steps(run: Run, progress: Progress) -> Iterator[list[Batch]]:
+    """This rank's micro-batches on the device, for each step from `progress` to the run's end."""
+    steps = training_steps(
         run.dataset.train,
         run.dataset.labels,
         run.config,
-        progress.epoch,
-        progress.step_in_epoch,
+        range(progress.step, end_of_epoch(run, run.config.schedule.epochs)),
         run.rank,
         run.world,
         pin_memory=run.device.type == "cuda",
     )
+    return on_device(steps, run.device)
 
 
 def global_boxes(micro_batches: list[Batch], device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """Training augmentation and evaluation resize, as in DETR, on uint8 images.
 
+First the random choices, which need only the size of an image, then the pixels and boxes.
 Shapes: image uint8 [3, H, W]; boxes float32 [n, 4] absolute (x0, y0, x1, y1); labels int64 [n].
 """
 
@@ -12,6 +13,9 @@ from torchvision.transforms.v2 import functional as F
 
 from pipeline.config import AugmentConfig
 
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -20,7 +24,35 @@ class Example:
     labels: Tensor
 
 
-def resized_hw(height: int, width: int, short_side: int, max_side: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Crop:
+    """A resize to `resized`, of which `size` from (top, left) on is taken."""
+
+    resized: Size
+    top: int
+    left: int
+    size: Size
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is done with one image, in this order."""
+
+    source: Size
+    flip: bool = False
+    transpose: bool = False
+    crop: Crop | None = None
+    size: Size = (0, 0)
+    """Of the result."""
+
+    def first_size(self) -> Size | None:
+        """The size to which the image is resized first, as it lies in the file; None: it is not."""
+        size = self.crop.resized if self.crop else self.size
+        size = size[::-1] if self.transpose else size
+        return None if size == self.source else size
+
+
+def resized_hw(height: int, width: int, short_side: int, max_side: int) -> Size:
     """(height, width) with the shorter side at `short_side` unless the longer would pass
     `max_side`; rounded as DETR rounds (truncation), so that published AP is comparable."""
     short, long = min(height, width), max(height, width)
@@ -29,38 +61,89 @@ def resized_hw(height: int, width: int, short_side: int, max_side: int) -> tuple
     if short == short_side:
         return height, width
     if width < height:
-        return int(short_side * height / width), short_side
-    return short_side, int(short_side * width / height)
+        return max(1, int(short_side * height / width)), max(1, short_side)
+    return max(1, short_side), max(1, int(short_side * width / height))
 
 
-def resize(example: Example, short_side: int, max_side: int) -> Example:
-    height, width = example.image.shape[-2:]
-    new_h, new_w = resized_hw(height, width, short_side, max_side)
-    if (new_h, new_w) == (height, width):
-        return example
-    image = F.resize(example.image, [max(1, new_h), max(1, new_w)], antialias=True)
-    scale = torch.tensor([new_w / width, new_h / height] * 2)
-    return replace(example, image=image, boxes=example.boxes * scale)
+def choose(source: Size, config: AugmentConfig, random: np.random.Generator) -> Geometry:
+    """Flip and transpose, then a random resize, of the whole image or of a random crop."""
+    flip = random.random() < config.flip_probability
+    transpose = random.random() < config.transpose_probability
+    size = source[::-1] if transpose else source
+    crop = None
+    if random.random() < config.crop_probability:
+        # The intermediate resize is not bounded by max_side, as in DETR.
+        resized = resized_hw(*size, _one_of(config.crop_short_sides, random), max_side=10**9)
+        low, high = config.crop_sides
+        size = (_between(low, min(high, resized[0]), random),
+                _between(low, min(high, resized[1]), random))  # fmt: skip
+        top = int(random.integers(0, resized[0] - size[0] + 1))
+        left = int(random.integers(0, resized[1] - size[1] + 1))
+        crop = Crop(resized, top, left, size)
+    if config.short_sides:
+        size = resized_hw(*size, _one_of(config.short_sides, random), config.max_side)
+    return Geometry(source, flip, transpose, crop, size)
 
 
-def flip(example: Example) -> Example:
-    width = example.image.shape[-1]
+def _one_of(values: tuple[int, ...], random: np.random.Generator) -> int:
+    return values[int(random.integers(len(values)))]
+
+
+def _between(low: int, high: int, random: np.random.Generator) -> int:
+    """An integer of [low, high], or `high` where that is the smaller."""
+    return int(random.integers(min(low, high), high + 1))
+
+
+def for_evaluation(source: Size, config: AugmentConfig) -> Geometry:
+    """The resize of evaluation."""
+    if not config.val_short_side:
+        return Geometry(source, size=source)
+    return Geometry(source, size=resized_hw(*source, config.val_short_side, config.max_side))
+
+
+def transform(example: Example, geometry: Geometry) -> Example:
+    """The example with its geometry changed. Boxes are those of `geometry.source`; the image may
+    have been decoded smaller, where it is resized anyway."""
+    size = geometry.source
+    if geometry.flip:
+        example = flip(example, size[1])
+    if geometry.transpose:
+        example, size = transpose(example), size[::-1]
+    if geometry.crop:
+        example = resize(example, size, geometry.crop.resized)
+        example = crop(example, geometry.crop.top, geometry.crop.left, geometry.crop.size)
+        size = geometry.crop.size
+    return resize(example, size, geometry.size)
+
+
+def resize(example: Example, size: Size, new: Size) -> Example:
+    """From `size`, in which the boxes are, to `new`."""
+    image, boxes = example.image, example.boxes
+    if tuple(image.shape[-2:]) != new:
+        # A batch of one, because torch knows channels-last order by four dimensions.
+        image = F.resize(image[None], list(new), antialias=True)[0]
+    if size != new:
+        boxes = boxes * torch.tensor([new[1] / size[1], new[0] / size[0]] * 2)
+    return replace(example, image=image, boxes=boxes)
+
+
+def flip(example: Example, width: int) -> Example:
+    """Mirrored. width: of the image in which the boxes are."""
     x0, y0, x1, y1 = example.boxes.unbind(-1)
     boxes = torch.stack([width - x1, y0, width - x0, y1], dim=-1)
-    return replace(example, image=example.image.flip(-1), boxes=boxes)
+    return replace(example, image=example.image[None].flip(-1)[0], boxes=boxes)
 
 
 def transpose(example: Example) -> Example:
-    return replace(
-        example,
-        image=example.image.transpose(-1, -2).contiguous(),
-        boxes=example.boxes[:, [1, 0, 3, 2]],
-    )
+    image = example.image.transpose(-1, -2)[None].contiguous(memory_format=torch.channels_last)[0]
+    return replace(example, image=image, boxes=example.boxes[:, [1, 0, 3, 2]])
 
 
-def crop(example: Example, top: int, left: int, height: int, width: int) -> Example:
+def crop(example: Example, top: int, left: int, size: Size) -> Example:
     """The part of the image; boxes are cut to it, and those with nothing left are dropped."""
+    height, width = size
     image = example.image[:, top : top + height, left : left + width]
+    image = image[None].contiguous(memory_format=torch.channels_last)[0]  # else a slow resize
     boxes = example.boxes - torch.tensor([left, top, left, top])
     boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
     kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
@@ -68,28 +151,11 @@ def crop(example: Example, top: int, left: int, height: int, width: int) -> Exam
 
 
 def augment(example: Example, config: AugmentConfig, random: np.random.Generator) -> Example:
-    """Flip and transpose, then a random resize, of the whole image or of a random crop."""
-    if random.random() < config.flip_probability:
-        example = flip(example)
-    if random.random() < config.transpose_probability:
-        example = transpose(example)
-    if random.random() < config.crop_probability:
-        first = int(random.choice(config.crop_short_sides))
-        # The intermediate resize is not bounded by max_side, as in DETR.
-        example = resize(example, first, max_side=10**9)
-        image_h, image_w = example.image.shape[-2:]
-        low, high = config.crop_sides
-        height = int(random.integers(min(low, image_h), min(image_h, high) + 1))
-        width = int(random.integers(min(low, image_w), min(image_w, high) + 1))
-        top = int(random.integers(0, image_h - height + 1))
-        left = int(random.integers(0, image_w - width + 1))
-        example = crop(example, top, left, height, width)
-    if config.short_sides:
-        example = resize(example, int(random.choice(config.short_sides)), config.max_side)
-    return example
+    """`choose` and `transform` of a whole image."""
+    height, width = example.image.shape[-2:]
+    return transform(example, choose((height, width), config, random))
 
 
 def resize_for_evaluation(example: Example, config: AugmentConfig) -> Example:
-    if not config.val_short_side:
-        return example
-    return resize(example, config.val_short_side, config.max_side)
+    height, width = example.image.shape[-2:]
+    return transform(example, for_evaluation((height, width), config))

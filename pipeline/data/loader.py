@@ -1,91 +1,131 @@
-"""Batches of an epoch for one rank, decoded by worker processes in the exact order."""
+"""Batches for one rank, decoded by worker processes in the exact order.
 
-from collections.abc import Iterator
+The process that trains decides which samples make a batch; a worker is told them, and needs
+nothing else than the shards. So the number of workers changes nothing.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import AugmentConfig, RunConfig
-from pipeline.data.augment import augment, resize_for_evaluation
+from pipeline.data.augment import choose, for_evaluation, transform
 from pipeline.data.batch import Batch, collate, decode
 from pipeline.data.labels import Labels
-from pipeline.data.order import epoch_order, random_stream, rank_slice
+from pipeline.data.micro_batches import cut
+from pipeline.data.order import Stream, random_stream, rank_slice
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 
+T = TypeVar("T")
+EVALUATION = -1
+"""In place of an epoch: the sample is resized for evaluation, without randomness."""
 
-class _Batches(Dataset):
-    """Item i is the i-th batch: a list of sample indices, made into a `Batch` by a worker."""
+
+class _Samples(Dataset):
+    """Made into a `Batch` by a worker: item [n, 2] int64 (epoch, sample)."""
 
     def __init__(
-        self,
-        shards: ShardSet,
-        labels: Labels,
-        config: AugmentConfig,
-        batches: list[np.ndarray],
-        random_key: tuple[int, int] | None,
+        self, shards: ShardSet, labels: Labels, config: AugmentConfig, seed: int = 0
     ) -> None:
-        self.shards, self.column_of, self.config = shards, labels.column_of(), config
-        self.batches, self.random_key = batches, random_key
+        self.shards, self.column_of = shards, labels.column_of()
+        self.config, self.seed = config, seed
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, samples: np.ndarray) -> Batch | UserError:
         examples, records = [], []
-        for index in self.batches[i]:
-            sample = self.shards.read(int(index))
-            example = decode(sample, self.column_of)
-            if self.random_key is None:
-                example = resize_for_evaluation(example, self.config)
-            else:  # seeded by (seed, epoch, sample): the same pixels on any rank or worker
-                example = augment(example, self.config, random_stream(*self.random_key, int(index)))
-            examples.append(example)
-            records.append(sample.image)
+        try:
+            for epoch, index in samples.tolist():
+                sample = self.shards.read(index)
+                width, height = self.shards.size[index].tolist()
+                if epoch == EVALUATION:
+                    geometry = for_evaluation((height, width), self.config)
+                else:  # seeded by (seed, epoch, sample): the same pixels on any rank or worker
+                    random = random_stream(self.seed, epoch, index)
+                    geometry = choose((height, width), self.config, random)
+                examples.append(transform(decode(sample, self.column_of, geometry), geometry))
+                records.append(sample.image)
+        except UserError as error:
+            return error  # raised in a worker it would arrive with a traceback in its text
         return collate(examples, records)
 
 
-def _load(batches: _Batches, workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+def _load(
+    samples: _Samples, batches: Iterable[np.ndarray], workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    loader = DataLoader(
+        samples, sampler=batches, batch_size=None, num_workers=workers, pin_memory=pin_memory
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
-def steps_per_epoch(shards: ShardSet, batch_size: int) -> int:
-    """Whole global batches in an epoch. The remainder of fewer than `batch_size` samples is left
-    out, other ones in every epoch."""
+def steps_per_epoch(shards: ShardSet, batch_size: int) -> float:
+    """Global batches in the samples of an epoch, which need not be whole (`pipeline.data.order`).
+
+    Raises `UserError` where a global batch is larger than the data."""
     if len(shards) < batch_size:
         raise UserError(
             f"{shards.folder} has {len(shards)} images, fewer than one global batch of "
             f"{batch_size}; lower --optimizer.batch-size"
         )
-    return len(shards) // batch_size
+    return len(shards) / batch_size
 
 
 def training_steps(
     shards: ShardSet,
     labels: Labels,
     config: RunConfig,
-    epoch: int,
-    first_step: int,
+    steps: range,
     rank: int,
     world: int,
     pin_memory: bool,
 ) -> Iterator[list[Batch]]:
-    """For each optimizer step of the epoch from `first_step` on: this rank's micro-batches."""
-    order = epoch_order(shards.shard_sizes, config.seed, epoch, config.data.shuffle_window)
-    micro = micro_batch_size(config, world)
-    batches: list[np.ndarray] = []
-    for step in range(first_step, steps_per_epoch(shards, config.optimizer.batch_size)):
-        mine = rank_slice(order, step, config.optimizer.batch_size, rank, world)
-        batches += [mine[i : i + micro] for i in range(0, len(mine), micro)]
-    per_step = config.optimizer.batch_size // world // micro
-    dataset = _Batches(shards, labels, config.augment, batches, (config.seed, epoch))
+    """For each of the global `steps`: this rank's micro-batches."""
+    stream = Stream(shards.shard_sizes, config.seed, config.data.shuffle_window)
+    sent: list[int] = []  # micro-batches of the steps that are under way
+
+    def batches() -> Iterator[np.ndarray]:
+        for step in steps:
+            parts = micro_batches(shards, config, stream, step, rank, world)
+            sent.append(len(parts))
+            yield from parts
+
+    samples = _Samples(shards, labels, config.augment, config.seed)
     pending: list[Batch] = []
-    for batch in _load(dataset, config.engine.loader_workers, pin_memory):
+    for batch in _load(samples, batches(), config.engine.loader_workers, pin_memory):
         pending.append(batch)
-        if len(pending) == per_step:
+        if len(pending) == sent[0]:
             yield pending
             pending = []
+            del sent[0]
     assert not pending
+
+
+def micro_batches(
+    shards: ShardSet, config: RunConfig, stream: Stream, step: int, rank: int, world: int
+) -> list[np.ndarray]:
+    """[n, 2] (epoch, sample) of each micro-batch of one rank in a global step."""
+    engine, batch = config.engine, stream.batch(step, config.optimizer.batch_size)
+    micro = micro_batch_size(config, world)
+    if not engine.group_by_shape and not engine.max_padded_pixels:
+        mine = rank_slice(batch, rank, world)
+        return [mine[i : i + micro] for i in range(0, len(mine), micro)]
+    sizes = []
+    for epoch, index in batch.tolist():
+        width, height = shards.size[index].tolist()
+        random = random_stream(config.seed, epoch, index)
+        sizes.append(choose((height, width), config.augment, random).size)
+    most = engine.max_padded_pixels
+    try:
+        parts = cut(np.array(sizes), rank, world, micro, engine.group_by_shape, most)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return [batch[part] for part in parts]
 
 
 def evaluation_batches(
@@ -96,19 +136,22 @@ def evaluation_batches(
     world: int,
     batch_size: int,
     pin_memory: bool,
-) -> DataLoader:
-    """This rank's share of all samples, each exactly once over the ranks. Images of like shape
-    stand together, so that padding is small."""
+) -> Iterator[Batch]:
+    """This rank's share of all samples, each exactly once over the ranks, so that ranks may have
+    different numbers of them, or none. Images of like shape stand together, so that padding is
+    small, within windows of shards, so that few are read at a time."""
     width, height = shards.size[:, 0], shards.size[:, 1]
-    by_shape = np.lexsort((np.arange(len(shards)), height, width))
+    windows = shards.shard // config.data.shuffle_window
+    by_shape = np.lexsort((np.arange(len(shards)), height, width, windows))
     mine = by_shape[rank::world]
+    mine = np.stack([np.full_like(mine, EVALUATION), mine], axis=1)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    dataset = _Batches(shards, labels, config.augment, batches, None)
-    return _load(dataset, config.engine.loader_workers, pin_memory)
+    samples = _Samples(shards, labels, config.augment)
+    return _load(samples, batches, config.engine.loader_workers, pin_memory)
 
 
 def micro_batch_size(config: RunConfig, world: int) -> int:
-    """Images in one forward pass of one process.
+    """Most images in one forward pass of one process.
 
     Raises `UserError` where the global batch does not divide evenly."""
     total, micro = config.optimizer.batch_size, config.engine.micro_batch
@@ -124,3 +167,41 @@ def micro_batch_size(config: RunConfig, world: int) -> int:
             f"choose a divisor of {share}"
         )
     return micro or share
+
+
+def on_device(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The steps on the device. On a GPU the next one is copied from pinned memory, on a stream of
+    its own, while the present one is computed."""
+    if device.type != "cuda":
+        for step in steps:
+            yield [batch.to(device) for batch in step]
+        return
+    side = torch.cuda.Stream(device)
+    for step, copied in ahead(_copied(step, device, side) for step in steps):
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for tensor in (tensor for batch in step for tensor in batch.tensors()):
+            # Else its memory could be given to the next copy while the step still reads it.
+            tensor.record_stream(current)
+        yield step
+
+
+def _copied(
+    step: list[Batch], device: torch.device, side: torch.cuda.Stream
+) -> tuple[list[Batch], torch.cuda.Event]:
+    with torch.cuda.stream(side):
+        moved = [batch.to(device) for batch in step]
+        return moved, side.record_event()
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each next one taken before the present one is handed out."""
+    iterator = iter(items)
+    try:
+        present = next(iterator)
+    except StopIteration:
+        return
+    for following in iterator:
+        yield present
+        present = following
+    yield present

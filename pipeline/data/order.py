@@ -1,6 +1,10 @@
-"""The order of an epoch, a pure function of (shard sizes, seed, epoch).
+"""The order of samples, a pure function of (shard sizes, seed, position).
 
-With it a resume at any step, on any number of processes, sees exactly the samples that remain.
+Epochs follow each other in one endless stream of samples, each a permutation of all. Global batch b
+is positions [b * G, (b + 1) * G) of the stream, so that every sample is seen once in every epoch,
+none is left out and none is repeated to fill a batch; a batch may end one epoch and begin the
+next. With it a resume at any step, on any number of processes, sees exactly the samples that
+remain.
 """
 
 from collections.abc import Sequence
@@ -30,13 +34,43 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int) 
     return np.concatenate(order) if order else np.empty(0, dtype=np.int64)
 
 
-def rank_slice(order: np.ndarray, step: int, batch_size: int, rank: int, world: int) -> np.ndarray:
-    """The samples of one rank in global batch `step`: its slice of [step*G, (step+1)*G).
+def first_step(samples: int, batch_size: int, epoch: int) -> int:
+    """The first global step of an epoch, counted from 0: all samples of the epochs before have
+    been seen. The epoch ends before `first_step` of the next, in whole steps."""
+    return -(-epoch * samples // batch_size)
 
-    `batch_size` is the global G, a multiple of `world`. Joined over ranks, slices give the batch,
-    whatever the world size.
+
+class Stream:
+    """Global batches by number; the orders of the last two epochs asked for are kept."""
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
+        self.shard_sizes, self.seed, self.window = list(shard_sizes), seed, window
+        self.samples = sum(self.shard_sizes)
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batch(self, step: int, batch_size: int) -> np.ndarray:
+        """[batch_size, 2] int64 (epoch, sample) of global batch `step`."""
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+        epochs, within = np.divmod(positions, self.samples)
+        samples = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            of_epoch = epochs == epoch
+            samples[of_epoch] = self._order(int(epoch))[within[of_epoch]]
+        return np.stack([epochs, samples], axis=1)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            last = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            order = epoch_order(self.shard_sizes, self.seed, epoch, self.window)
+            self._orders = {**last, epoch: order}
+        return self._orders[epoch]
+
+
+def rank_slice(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """One rank's slice of a global batch, whose size is a multiple of `world`.
+
+    Joined over ranks, slices give the batch, whatever the world size.
     """
-    assert batch_size % world == 0, f"global batch {batch_size} over {world} processes"
-    share = batch_size // world
-    start = step * batch_size + rank * share
-    return order[start : start + share]
+    assert len(batch) % world == 0, f"global batch {len(batch)} over {world} processes"
+    share = len(batch) // world
+    return batch[rank * share : (rank + 1) * share]
