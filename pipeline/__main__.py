@@ -1,4 +1,4 @@
-"""`python -m pipeline train|evaluate|predict|export|replay|benchmark-step|describe|recipes`."""
+"""`python -m pipeline train|evaluate|predict|export|replay|benchmark-step|benchmark-data|…`."""
 
 import json
 import sys
@@ -78,6 +78,20 @@ class BenchmarkStepOptions:
     """Processes of that loader."""
     output: Path | None = None
     """Write the figures as JSON, too; what is measured so far is there at any time."""
+
+
+@dataclass(frozen=True)
+class BenchmarkDataOptions:
+    data: Positional[str] = ""
+    """Shard folder whose images are taken. None: pictures are drawn, with a photograph's spectrum
+    and file size."""
+    images: int = 64
+    """How many, spread over the shards."""
+    batch_size: int = 2
+    size: tuple[int, int] = (480, 640)
+    """Height and width of the drawn pictures."""
+    output: Path | None = None
+    """Write the figures as JSON, too."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +249,20 @@ def run_benchmark_step(args: list[str]) -> None:
     )  # fmt: skip
 
 
+def run_benchmark_data(args: list[str]) -> None:
+    options = parse(
+        BenchmarkDataOptions,
+        args,
+        "python -m pipeline benchmark-data",
+        "Times decoding, augmentation and batching on one core, beside the way of the official "
+        "code (Pillow and torchvision's transforms).\n\n"
+        "Example: python -m pipeline benchmark-data shards/train --output data.json",
+    )
+    from pipeline.benchmark_data import run
+
+    run(options.data, options.images, options.batch_size, options.size, options.output)
+
+
 def run_describe(args: list[str]) -> None:
     options = parse(
         DescribeOptions,
@@ -271,6 +299,7 @@ COMMANDS = {
     "export": Command(run_export, "a checkpoint for the transformers library"),
     "replay": Command(run_replay, "run a step again whose loss was not finite"),
     "benchmark-step": Command(run_benchmark_step, "time a training step, beside others"),
+    "benchmark-data": Command(run_benchmark_data, "time decoding to batching, beside others"),
     "describe": Command(run_describe, "parameters, multiply-adds and memory of recipes"),
     "recipes": Command(run_recipes, "list the named experiments"),
 }

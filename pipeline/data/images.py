@@ -20,9 +20,9 @@ Image.MAX_IMAGE_PIXELS = None
 def decode_image(data: bytes, needed: tuple[int, int] | None = None) -> tuple[Tensor, int, int]:
     """Pixels uint8 [3, h, w] as RGB, and the height and width of the image in the file.
 
-    needed: the (height, width) to which the pixels are resized next, if they are. A JPEG file of
-    four times that or more is decoded at a half or a quarter; otherwise (h, w) is the
-    size in the file. EXIF rotation is not applied, as COCO's boxes want it.
+    needed: the (height, width) to which the pixels are to be resized, if they are. A JPEG file of
+    four times that or more is decoded at a half or a quarter and resized here, so that (h, w) is
+    `needed`; else it is the size in the file. EXIF rotation is not applied, as COCO's boxes want.
     Raises `ValueError` for bytes that no decoder takes.
     """
     size = _plain_jpeg_size(data)
@@ -36,7 +36,7 @@ def decode_image(data: bytes, needed: tuple[int, int] | None = None) -> tuple[Te
     return pixels, *pixels.shape[-2:]
 
 
-_RGB = ImageReadMode.RGB
+_RGB, _BILINEAR = ImageReadMode.RGB, Image.Resampling.BILINEAR
 
 
 def _reduction(size: tuple[int, int], needed: tuple[int, int]) -> int:
@@ -53,11 +53,15 @@ def _by_pillow(data: bytes, needed: tuple[int, int] | None) -> tuple[Tensor, int
     try:
         with Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
-            if needed is not None:
-                scale = _reduction((height, width), needed)
-                # Only JPEG can be drafted: for other formats, and for CMYK, this does nothing.
-                opened.draft("RGB", (width // scale, height // scale))
-            pixels = np.array(opened.convert("RGB"))
+            scale = _reduction((height, width), needed) if needed else 1
+            # Only JPEG files can be drafted; for others it returns None.
+            if needed and scale > 1 and opened.draft("RGB", (width // scale, height // scale)):
+                # The last row and column may be of fewer pixels than the others.
+                part = (0, 0, width / scale, height / scale)
+                image = opened.convert("RGB").resize(needed[::-1], _BILINEAR, part)
+            else:
+                image = opened.convert("RGB")
+            pixels = np.array(image)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(str(error)) from None
     return torch.from_numpy(pixels).permute(2, 0, 1), height, width
