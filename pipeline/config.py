@@ -25,9 +25,14 @@ class DataConfig:
     """Where the shards are, and how categories become class columns."""
 
     train: str = ""
-    """Shard folder to train on (made by `python -m data_prep convert`)."""
+    """Shard folder to train on (made by `python -m data_prep convert`), or its URL: s3://, gs://, …
+    with the driver of fsspec for it."""
     val: str = ""
-    """Shard folder to evaluate on."""
+    """Shard folder to evaluate on, or its URL."""
+    cache_dir: str = ""
+    """For URLs: folder of this node for shards that are needed. Empty: one in ~/.cache."""
+    cache_gb: float = 100.0
+    """Most gigabytes (10**9 bytes) of it; the shards used longest ago make room."""
     labels: Literal["contiguous", "contiguous_from_1", "category_id"] = "contiguous"
     """contiguous: the i-th category in order of id is column i. contiguous_from_1: the same after
     an empty column 0, a Faster R-CNN's background. category_id: the column is the
@@ -37,6 +42,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "1 or more")
+        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,7 @@ class RunConfig:
         """SHA-256 of what decides the result: neither where the data lies (it has a digest of its
         own) nor how the work is spread over processes."""
         identity = dataclasses.asdict(self)
-        for location in ("train", "val"):
+        for location in ("train", "val", "cache_dir", "cache_gb"):
             del identity["data"][location]
         identity["engine"] = {"precision": self.engine.precision}
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.config import RunConfig
+from pipeline.config import DataConfig, RunConfig
 from pipeline.data.labels import Labels, build_labels
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
@@ -23,7 +23,7 @@ def open_dataset(config: RunConfig) -> Dataset:
             "data.train and data.val: expected two shard folders; "
             "give --data.train DIR --data.val DIR"
         )
-    train, val = ShardSet(config.data.train), ShardSet(config.data.val)
+    train, val = (_open(location, config.data) for location in (config.data.train, config.data.val))
     labels = build_labels(train.categories, config.data.labels)
     if build_labels(val.categories, config.data.labels) != labels:
         raise UserError(
@@ -37,3 +37,15 @@ def open_dataset(config: RunConfig) -> Dataset:
             f"use --data.labels contiguous_from_1"
         )
     return Dataset(train, val, labels)
+
+
+def _open(location: str, data: DataConfig) -> ShardSet:
+    shards = ShardSet(location, data.cache_dir, data.cache_gb)
+    # The window that is read and the one that is fetched meanwhile.
+    needed = min(sum(shards.shard_bytes), 2 * data.shuffle_window * max(shards.shard_bytes))
+    if shards.cache is not None and shards.cache.most_bytes < needed:
+        raise UserError(
+            f"data.cache_gb: got {data.cache_gb:g}, expected {needed / 1e9:g} or more for two "
+            f"times data.shuffle_window {data.shuffle_window} shards of {shards.folder}"
+        )
+    return shards

@@ -4,7 +4,9 @@ The process that trains decides which samples make a batch; a worker is told the
 nothing else than the shards. So the number of workers changes nothing.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -90,7 +92,7 @@ def training_steps(
     sent: list[int] = []  # micro-batches of the steps that are under way
 
     def batches() -> Iterator[np.ndarray]:
-        for step in steps:
+        for step in fetching(shards, config, steps):
             parts = micro_batches(shards, config, stream, step, rank, world)
             sent.append(len(parts))
             yield from parts
@@ -104,6 +106,31 @@ def training_steps(
             pending = []
             del sent[0]
     assert not pending
+
+
+def fetching(shards: ShardSet, config: RunConfig, steps: range) -> Iterator[int]:
+    """The steps, while in the background remote shards are fetched that will be needed after as
+    many samples as a window of shards has. A failure there is not lost: who reads the shard tries
+    again."""
+    if shards.cache is None:
+        yield from steps
+        return
+    window, batch_size = config.data.shuffle_window, config.optimizer.batch_size
+    stream = Stream(shards.shard_sizes, config.seed, window)
+    distance = window * max(shards.shard_sizes) // batch_size + 1
+    asked: deque[int] = deque(maxlen=2 * window)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for step in steps:
+                if step + distance < steps.stop:
+                    samples = stream.batch(step + distance, batch_size)[:, 1]
+                    for shard in np.unique(shards.shard[samples]).tolist():
+                        if shard not in asked:
+                            asked.append(shard)
+                            pool.submit(shards.cache.fetch, shard)
+                yield step
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def micro_batches(

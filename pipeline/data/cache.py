@@ -1,0 +1,157 @@
+"""Remote shards in a local folder of bounded size, shared by all processes of a node.
+
+A shard is downloaded whole under another name, checked against its SHA-256 and renamed, so that
+what bears a shard's name is whole. fsspec reads every kind of storage, filelock keeps processes
+apart; both are the libraries that the machine learning tools around us use for it.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+ATTEMPTS = 5
+FIRST_WAIT = 1.0  # seconds; doubled after each attempt
+BLOCK = 1 << 23
+# What will not be different the next time.
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
+
+
+def is_remote(location: str) -> bool:
+    """Whether it is a URL of storage that is not this machine's file system."""
+    return "://" in location and not location.startswith(("file://", "local://"))
+
+
+def read_remote(url: str) -> bytes:
+    """A whole file. Raises `UserError` where it cannot be had, after some attempts."""
+
+    def read() -> bytes:
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+
+    return attempt(url, read)
+
+
+def attempt(url: str, work: Callable[[], T]) -> T:
+    """The result of `work`, tried again after growing pauses; `UserError` if none succeeds."""
+    for number in range(ATTEMPTS):
+        try:
+            return work()
+        except PERMANENT as error:
+            raise UserError(f"{url} cannot be read: {_line(error)}") from None
+        except Exception as error:  # every kind of storage has its own for what may pass
+            if number == ATTEMPTS - 1:
+                raise UserError(
+                    f"{url} cannot be read, tried {ATTEMPTS} times: {_line(error)}"
+                ) from None
+            time.sleep(FIRST_WAIT * 2**number)
+    raise AssertionError("unreachable")
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """The shards of one remote folder, in `folder` beside those of others.
+
+    `folder` never holds more than `most_bytes`, downloads under way included; the shards that were
+    opened longest ago make room. One that a process still reads keeps its space until closed.
+    """
+
+    url: str
+    digest: str
+    """Of the data, so that other data under the same URL is never taken for it."""
+    shards: list[dict[str, Any]]
+    """Of the manifest: `name`, `bytes`, `sha256`."""
+    folder: Path
+    most_bytes: int
+
+    def open(self, shard: int) -> int:
+        """A descriptor of the shard, which is downloaded if it is not there."""
+        name, url = self.shards[shard]["name"], f"{self.url}/{self.shards[shard]['name']}"
+        path = self.folder / self.digest[:16] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_lock_of(path)):
+            if not path.exists():
+                partial = path.with_suffix(".partial")
+                try:
+                    self._reserve(partial, int(self.shards[shard]["bytes"]))
+                    attempt(url, lambda: _download(url, partial, self.shards[shard]["sha256"]))
+                    os.rename(partial, path)
+                finally:
+                    partial.unlink(missing_ok=True)
+            os.utime(path)
+            # Opened under the lock, without which it could be removed before.
+            return os.open(path, os.O_RDONLY)
+
+    def fetch(self, shard: int) -> None:
+        """Has the shard in the folder, for a later `open`."""
+        os.close(self.open(shard))
+
+    def _reserve(self, partial: Path, size: int) -> None:
+        """Makes room, and takes it by a file of that size."""
+        if size > self.most_bytes:
+            raise UserError(
+                f"data.cache_gb: got {self.most_bytes / 1e9:g}, expected {size / 1e9:g} or more, "
+                f"the size of {self.url}/{partial.stem}.tar"
+            )
+        partial.unlink(missing_ok=True)  # what a killed process left
+        while True:
+            with FileLock(self.folder / ".lock"):
+                if self._make_room(size):
+                    with partial.open("wb") as file:
+                        file.truncate(size)
+                    return
+            time.sleep(0.1)  # until another process's download is complete and may go
+
+    def _make_room(self, size: int) -> bool:
+        held = {path: path.stat() for path in _files(self.folder)}
+        free = self.most_bytes - sum(status.st_size for status in held.values())
+        for path in sorted(held, key=lambda path: held[path].st_mtime_ns):
+            if free >= size:
+                break
+            free += _remove(path) * held[path].st_size
+        return free >= size
+
+
+def _files(folder: Path) -> list[Path]:
+    return [*folder.glob("*/*.tar"), *folder.glob("*/*.partial")]
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_suffix(".lock")
+
+
+def _remove(path: Path) -> bool:
+    """Removes a shard, or what a killed process left of one; False where a process is at it."""
+    try:
+        with FileLock(_lock_of(path), timeout=0):
+            path.unlink(missing_ok=True)
+            return True
+    except Timeout:
+        return False
+
+
+def _download(url: str, partial: Path, expected: str) -> None:
+    digest = hashlib.sha256()
+    # Written over what was reserved, so that the space is never given up.
+    with fsspec.open(url, "rb") as source, partial.open("r+b") as target:
+        while block := source.read(BLOCK):
+            digest.update(block)
+            target.write(block)
+        target.truncate()
+    if digest.hexdigest() != expected:
+        raise OSError(
+            f"got SHA-256 {digest.hexdigest()[:12]}…, expected {expected[:12]}… of its manifest"
+        )
