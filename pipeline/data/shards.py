@@ -74,17 +74,14 @@ class ShardSet:
         """The sample at `index`, by one read at its offset."""
         file = self._open(int(self.shard[index]))
         data = os.pread(file, int(self.length[index]), int(self.offset[index]))
-        image_bytes, record = b"", None
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as members:
-            for member in members:
-                content = members.extractfile(member)
-                assert content is not None, f"{member.name} in a shard is not a file"
-                if member.name.endswith(".json"):
-                    record = json.loads(content.read())
-                else:
-                    image_bytes = content.read()
-        assert record is not None, f"sample {index} of {self.folder} has no JSON member"
-        return Sample(image_bytes, record["image"], record["annotations"])
+        try:
+            return _parse(data)
+        except (tarfile.TarError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.folder}/{self.shard_names[int(self.shard[index])]}: no sample at byte "
+                f"{int(self.offset[index])}, where its manifest has one ({error}); copy it again "
+                f"or convert the data anew"
+            ) from None
 
     def _open(self, shard: int) -> int:
         if self._pid != os.getpid():  # after a fork: descriptors of our own
@@ -103,6 +100,21 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         # Descriptors do not travel to other processes.
         return {**self.__dict__, "_files": OrderedDict()}
+
+
+def _parse(data: bytes) -> Sample:
+    """The two members of a piece of a tar. Raises `ValueError` and tarfile's errors."""
+    contents: dict[str, bytes] = {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as members:
+        for member in members:
+            file = members.extractfile(member)
+            if file is not None:
+                kind = "json" if member.name.endswith(".json") else "image"
+                contents[kind] = file.read()
+    if contents.keys() != {"json", "image"}:
+        raise ValueError(f"got {sorted(contents)}, expected an image and a JSON member")
+    record = json.loads(contents["json"])
+    return Sample(contents["image"], record["image"], record["annotations"])
 
 
 def default_cache() -> Path:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.augment import Example
+from pipeline.data.augment import Example, Geometry
 from pipeline.data.batch import MEAN, STD, collate, decode
 from pipeline.data.labels import build_labels
 from pipeline.data.loader import (
@@ -72,6 +72,38 @@ def test_a_missing_or_shortened_shard_is_found_at_once(drawn, tmp_path):
     (copy / name).unlink()
     with pytest.raises(UserError, match="no such file"):
         ShardSet(copy)
+
+
+def test_a_shard_that_is_not_its_manifests_is_named(drawn, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(drawn.shards / "train", copy)
+    path = copy / ShardSet(copy).shard_names[1]
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(UserError, match=f"{path.name}: no sample at byte 0.*copy it again"):
+        ShardSet(copy).read(16)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mistake_found_by_a_worker_is_one_line(drawn, tmp_path, workers):
+    copy = tmp_path / "copy"
+    shutil.copytree(drawn.shards / "train", copy)
+    shards = ShardSet(copy)
+    with (copy / shards.shard_names[1]).open("r+b") as file:
+        file.seek(int(shards.offset[20]) + 512 + 100)
+        file.write(bytes(300))
+    labels = build_labels(shards.categories, "contiguous")
+    config = config_for(loader_workers=workers)
+    with pytest.raises(UserError) as caught:
+        list(training_steps(shards, labels, config, range(5), 0, 1, False))
+    assert str(caught.value).startswith(f"image {shards.image_id[20]} (")
+    assert "cannot be decoded" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_of_another_size_than_the_manifests_is_named():
+    geometry = Geometry((10, 30), size=(10, 30))
+    with pytest.raises(UserError, match=r"3 \(a\.jpg\): got 20x10 pixels, expected 30x10"):
+        decode(sample(), {}, geometry)
 
 
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 2, "name": "cat"}]
