@@ -26,11 +26,6 @@ BLOCK = 1 << 23
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
 
 
-def is_remote(location: str) -> bool:
-    """Whether it is a URL of storage that is not this machine's file system."""
-    return "://" in location and not location.startswith(("file://", "local://"))
-
-
 def read_remote(url: str) -> bytes:
     """A whole file. Raises `UserError` where it cannot be had, after some attempts."""
 

@@ -7,12 +7,14 @@ import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.cache import ShardCache, is_remote, read_remote
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data.cache import ShardCache
 
 FORMAT, VERSION = "coco-webdataset", 1
 MOST_OPEN = 32  # shards of one set in one process
@@ -53,7 +55,7 @@ class ShardSet:
         self.cache: ShardCache | None = None
         if remote:
             folder = Path(cache_dir or default_cache()).absolute()
-            self.cache = ShardCache(self.folder, self.digest, shards, folder, int(cache_gb * 1e9))
+            self.cache = _cache(self.folder, self.digest, shards, folder, int(cache_gb * 1e9))
         else:
             _check_sizes(Path(self.folder), shards)
         columns = manifest["samples"]
@@ -117,6 +119,17 @@ def _parse(data: bytes) -> Sample:
     return Sample(contents["image"], record["image"], record["annotations"])
 
 
+def is_remote(location: str) -> bool:
+    """Whether it is a URL of storage that is not this machine's file system."""
+    return "://" in location and not location.startswith("file://")
+
+
+def _cache(*arguments: Any) -> "ShardCache":
+    from pipeline.data.cache import ShardCache  # its libraries are for URLs alone
+
+    return ShardCache(*arguments)
+
+
 def default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "deformable-detr-shards"
@@ -132,6 +145,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _remote_manifest(url: str) -> dict[str, Any]:
+    from pipeline.data.cache import read_remote
+
     return _parsed(read_remote(f"{url}/manifest.json"), f"{url}/manifest.json")
 
 

@@ -18,10 +18,10 @@ import pytest
 
 from pipeline.config import DataConfig
 from pipeline.data import cache as cache_module
-from pipeline.data.cache import ShardCache, is_remote
+from pipeline.data.cache import ShardCache
 from pipeline.data.labels import build_labels
 from pipeline.data.loader import training_steps
-from pipeline.data.shards import ShardSet
+from pipeline.data.shards import ShardSet, is_remote
 from pipeline.dataset import open_dataset
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
