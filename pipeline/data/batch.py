@@ -82,8 +82,8 @@ class Batch:
         for apply, values in ((rows.sub_, MEAN), (rows.div_, STD)):
             pixel = [torch.full((1,), value * 255, device=rows.device) for value in values]
             apply(torch.cat(pixel).repeat(width))
-        images = rows.view(n, height, width, 3).permute(0, 3, 1, 2)
-        return images.masked_fill(self.padding_mask[:, None], 0.0)
+        images = rows.view(n, height, width, 3).masked_fill_(self.padding_mask[..., None], 0.0)
+        return images.permute(0, 3, 1, 2)
 
 
 def decode(sample: Sample, column_of: dict[int, int], geometry: Geometry | None = None) -> Example:

@@ -205,6 +205,7 @@ def test_a_batch_is_padded_normalised_and_in_relative_boxes():
     assert batch.targets[1]["boxes"].shape == (0, 4)
     assert batch.sizes.tolist() == [[40, 60], [8, 5]]
     images = batch.normalized_images()
+    assert images.is_contiguous(memory_format=torch.channels_last)
     for c in range(3):
         expected = (100 / 255 - MEAN[c]) / STD[c]
         np.testing.assert_allclose(images[0, c, :4, :6], expected, rtol=1e-5)
