@@ -38,8 +38,11 @@ def padded_pixels(sizes: np.ndarray) -> int:
 
 
 def _by_shape(sizes: np.ndarray) -> np.ndarray:
-    """Portraits, then landscapes, each by the shorter and then the longer side."""
-    return np.lexsort((sizes.max(axis=1), sizes.min(axis=1), sizes[:, 1] >= sizes[:, 0]))
+    """Portraits from the largest to the smallest, then landscapes from the smallest to the largest:
+    where a micro-batch has of both, they are small."""
+    landscape = sizes[:, 1] >= sizes[:, 0]
+    area = sizes.prod(axis=1)
+    return np.lexsort((np.where(landscape, area, -area), landscape))
 
 
 def _bounded(
