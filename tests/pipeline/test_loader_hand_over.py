@@ -1,0 +1,109 @@
+"""From the loader to the step: order kept, one step ahead, on a GPU by a stream of its own."""
+
+import pickle
+import time
+
+import pytest
+import torch
+
+from pipeline.data.augment import Example
+from pipeline.data.batch import collate
+from pipeline.data.loader import ahead, on_device
+from pipeline.meter import Meter
+
+
+def a_step(seed: int):
+    """Two micro-batches with random pixels and 0 to 3 boxes an image."""
+    random = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(2):
+        examples = [
+            Example(
+                torch.randint(0, 256, (3, 40 + 8 * i, 60), dtype=torch.uint8, generator=random),
+                torch.rand(i, 4, generator=random),
+                torch.arange(i),
+            )
+            for i in (0, 3)
+        ]
+        batches.append(collate(examples, [{"id": i, "height": 9, "width": 9} for i in (5, 6)]))
+    return batches
+
+
+def same(one, other) -> bool:
+    return (
+        all(
+            torch.equal(a.cpu(), b.cpu())
+            for a, b in zip(one.tensors(), other.tensors(), strict=True)
+        )
+        and one.image_ids == other.image_ids
+        and torch.equal(one.sizes, other.sizes)
+    )
+
+
+def test_the_next_item_is_taken_before_the_present_is_handed_out():
+    taken = []
+
+    def source():
+        for i in range(4):
+            taken.append(i)
+            yield i
+
+    seen = []
+    for item in ahead(source()):
+        seen.append((item, len(taken)))
+    assert seen == [(0, 2), (1, 3), (2, 4), (3, 4)]
+    assert list(ahead([])) == []
+    assert list(ahead([7])) == [7]
+
+
+def test_an_error_of_the_loader_comes_through():
+    def source():
+        yield a_step(0)
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        list(on_device(source(), torch.device("cpu")))
+
+
+def test_a_batch_survives_the_way_between_processes():
+    for batch in a_step(1):
+        again = pickle.loads(pickle.dumps(batch))
+        assert same(batch, again)
+        assert [len(t["labels"]) for t in again.targets] == [0, 3]
+        assert again.images.stride() == batch.images.stride()
+
+
+def test_the_wait_for_data_is_seconds_a_step(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+
+    def slow():
+        for i in range(4):
+            time.sleep(0.02)
+            yield i
+
+    meter = Meter(batch_size=8)
+    for _ in meter.timed(slow()):
+        for value in (1.0, 3.0):
+            meter.add({"loss": torch.tensor(value)}, passes=2)
+    values = meter.flush(4)
+    assert values["loss"] == 2
+    assert 0.02 <= values["data_wait"] < 0.1
+    assert values["images_per_second"] <= 8 / 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_sees_the_same_batches_while_it_computes():
+    device = torch.device("cuda")
+    source = ([batch.pin_memory() for batch in a_step(seed)] for seed in range(20))
+    matrix = torch.randn(4000, 4000, device=device)
+    for seed, step in enumerate(on_device(source, device)):
+        for _ in range(5):
+            matrix = (matrix @ matrix).clamp(-1, 1)  # keeps the GPU busy over the copies
+        for batch, expected in zip(step, a_step(seed), strict=True):
+            assert batch.images.is_cuda
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            total = batch.images.long().sum()  # computed after the work above
+            assert same(batch, expected)
+            assert total.item() == expected.images.long().sum()
