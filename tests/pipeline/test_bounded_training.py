@@ -1,0 +1,55 @@
+"""A step cut into more passes by a bound on padding, over two ranks: the same loss and gradient."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.tracking import read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(drawn, folder: Path, launcher: list[str], *options: object) -> list[dict]:
+    arguments = [
+        sys.executable, *launcher, "-m", "pipeline", "train", "demo", "--output", folder,
+        "--data.train", drawn.shards / "train", "--data.val", drawn.shards / "val",
+        "--optimizer.batch-size", 16, "--schedule.epochs", 2, "--engine.log-every", 1,
+        "--engine.precision", "fp32",
+        # Without padding: it would change the group norms of the small backbone.
+        "--augment.crop-probability", 1, "--augment.crop-short-sides", 96,
+        "--augment.crop-sides", 64, 64, *options,
+    ]  # fmt: skip
+    done = subprocess.run(
+        list(map(str, arguments)), cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_lines(folder / "metrics.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_more_passes_give_the_same_steps(drawn, tmp_path, zero_stage):
+    plain = train(drawn, tmp_path / "plain", [])
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]  # fmt: skip
+    cut = train(
+        drawn, tmp_path / "cut", torchrun, "--engine.group-by-shape",
+        "--engine.max-padded-pixels", 3 * 64 * 64, "--engine.zero-stage", zero_stage,
+        "--engine.loader-workers", 1,
+    )  # fmt: skip
+    steps = [[line for line in lines if line["kind"] == "train"] for lines in (plain, cut)]
+    # 40 images in batches of 16: the third step ends the first epoch, the fifth the second.
+    assert [line["step"] for line in steps[0]] == [1, 2, 3, 4, 5]
+    first, second = (list(pair) for pair in list(zip(*steps, strict=True))[:2])
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-5)
+    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=1e-4)
+    # After Adam's first step, which is as long for the smallest gradient as for the largest.
+    assert second[1]["loss"] == pytest.approx(second[0]["loss"], rel=1e-4)
+    assert second[1]["grad_norm"] == pytest.approx(second[0]["grad_norm"], rel=0.02)
+    assert all(0 <= line["data_wait"] < 60 for line in steps[1])
+    for lines in (plain, cut):
+        assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [3, 5]
