@@ -13,9 +13,6 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-# Pillow's bound against decompression bombs; data sets of large pictures are no attack.
-Image.MAX_IMAGE_PIXELS = None
-
 
 def decode_image(data: bytes, needed: tuple[int, int] | None = None) -> tuple[Tensor, int, int]:
     """Pixels uint8 [3, h, w] as RGB, and the height and width of the image in the file.
@@ -62,7 +59,7 @@ def _by_pillow(data: bytes, needed: tuple[int, int] | None) -> tuple[Tensor, int
             else:
                 image = opened.convert("RGB")
             pixels = np.array(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
     return torch.from_numpy(pixels).permute(2, 0, 1), height, width
 

@@ -119,18 +119,18 @@ def fetching(shards: ShardSet, config: RunConfig, steps: range) -> Iterator[int]
     stream = Stream(shards.shard_sizes, config.seed, window)
     distance = window * max(shards.shard_sizes) // batch_size + 1
     asked: deque[int] = deque(maxlen=2 * window)
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            for step in steps:
-                if step + distance < steps.stop:
-                    samples = stream.batch(step + distance, batch_size)[:, 1]
-                    for shard in np.unique(shards.shard[samples]).tolist():
-                        if shard not in asked:
-                            asked.append(shard)
-                            pool.submit(shards.cache.fetch, shard)
-                yield step
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(2)
+    try:
+        for step in steps:
+            if step + distance < steps.stop:
+                samples = stream.batch(step + distance, batch_size)[:, 1]
+                for shard in np.unique(shards.shard[samples]).tolist():
+                    if shard not in asked:
+                        asked.append(shard)
+                        pool.submit(shards.cache.fetch, shard)
+            yield step
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def micro_batches(

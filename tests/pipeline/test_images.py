@@ -1,9 +1,12 @@
 """Decoding: whatever the format, Pillow's pixels; damage named; much too large decoded smaller."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
@@ -103,6 +106,20 @@ def test_a_truncated_file_is_an_error(name, kept):
         decode_image(data[: int(len(data) * kept)])
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(FILES)), st.data())
+def test_damage_anywhere_gives_an_image_or_an_error(name, data):
+    content = bytearray(FILES[name])
+    for _ in range(data.draw(st.integers(1, 5))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.integers(0, 255))
+    try:
+        image, height, width = decode_image(bytes(content))
+    except ValueError:
+        return
+    assert tuple(image.shape) == (3, height, width)
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"\xff\xd8", b"\xff\xd8\xff\xc0", b"not an image", b"\xff\xd8" + b"\xff" * 50,
@@ -111,3 +128,11 @@ def test_a_truncated_file_is_an_error(name, kept):
 def test_what_is_no_image_is_an_error(data):
     with pytest.raises(ValueError, match=r"."):
         decode_image(data)
+
+
+def test_a_header_that_promises_far_too_much_is_an_error():
+    huge = bytearray(FILES["png"])
+    huge[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height
+    huge[29:33] = zlib.crc32(bytes(huge[12:29])).to_bytes(4, "big")
+    with pytest.raises(ValueError, match="decompression bomb"):
+        decode_image(bytes(huge))

@@ -261,7 +261,7 @@ def uninterrupted(drawn, batch_size):
     return global_batches(drawn, config_for(batch_size), range(end), 1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 16), st.integers(0, 4), st.data())
 def test_a_resume_on_any_world_and_workers_gives_the_rest_with_the_same_pixels(
     drawn, world, workers, data

@@ -20,7 +20,8 @@ from pipeline.config import DataConfig
 from pipeline.data import cache as cache_module
 from pipeline.data.cache import ShardCache
 from pipeline.data.labels import build_labels
-from pipeline.data.loader import training_steps
+from pipeline.data.loader import fetching, training_steps
+from pipeline.data.order import Stream
 from pipeline.data.shards import ShardSet, is_remote
 from pipeline.dataset import open_dataset
 from pipeline.errors import UserError
@@ -115,6 +116,29 @@ def test_workers_read_over_http(drawn, tmp_path):
             seen.append([b.images.sum().item() for step in steps for b in step])
     assert seen[0] == seen[1]
     assert len(tars(tmp_path)) == 3
+
+
+def test_shards_are_fetched_before_they_are_read(drawn, memory, tmp_path):
+    upload(memory, drawn.shards / "train", "/train")
+    shards = ShardSet("memory://train", str(tmp_path))
+    config = recipe("demo")
+    config = replace(
+        config,
+        data=DataConfig(shuffle_window=1),
+        optimizer=replace(config.optimizer, batch_size=8),
+    )
+    steps = fetching(shards, config, range(10))
+    assert next(steps) == 0
+    ahead = 16 // 8 + 1  # the steps of a window of one shard, and one
+    later = Stream(shards.shard_sizes, config.seed, 1).batch(ahead, 8)[:, 1]
+    expected = {shards.shard_names[i] for i in shards.shard[later]}
+    deadline = time.monotonic() + 20
+    while {path.name for path in tars(tmp_path)} != expected:
+        assert time.monotonic() < deadline, tars(tmp_path)
+        time.sleep(0.01)
+    assert list(steps) == list(range(1, 10))
+    local = ShardSet(drawn.shards / "train")
+    assert list(fetching(local, config, range(3))) == [0, 1, 2]
 
 
 class Faulty(http.server.SimpleHTTPRequestHandler):
