@@ -82,13 +82,14 @@ def test_the_wait_for_data_is_seconds_a_step(monkeypatch):
             time.sleep(0.02)
             yield i
 
+    start = time.perf_counter()
     meter = Meter(batch_size=8)
     for _ in meter.timed(slow()):
         for value in (1.0, 3.0):
             meter.add({"loss": torch.tensor(value)}, passes=2)
     values = meter.flush(4)
     assert values["loss"] == 2
-    assert 0.02 <= values["data_wait"] < 0.1
+    assert 0.02 <= values["data_wait"] <= (time.perf_counter() - start) / 4
     assert values["images_per_second"] <= 8 / 0.02
 
 
