@@ -193,7 +193,9 @@ def log_step(run: Run, progress: Progress, meter: Meter) -> None:
     values["lr"] = max(group["lr"] for group in run.engine.optimizer.param_groups)
     values["grad_norm"] = float(run.engine.get_global_grad_norm())
     if run.rank == 0:
-        run.log.write("train", progress.step, progress.step / run.steps_per_epoch, **values)
+        # The step that completes an epoch may have begun the next; it counts as this one's end.
+        epoch = min(progress.step / run.steps_per_epoch, progress.epoch + 1.0)
+        run.log.write("train", progress.step, epoch, **values)
 
 
 def save(run: Run, progress: Progress) -> None:
