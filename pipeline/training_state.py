@@ -1,0 +1,163 @@
+"""What an optimizer remembers, by parameter name: one form for every number of processes and every
+ZeRO stage, made of tensors and plain values alone.
+
+Collective functions must be called by every rank.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
+def gather(engine: Any) -> dict[str, Any]:
+    """The optimizer's state on the CPU, whole on every rank (collective).
+
+    `moments` maps a parameter's name to its AdamW moments, float32 in the parameter's shape;
+    `updates` counts the optimizer's steps, `schedule` the learning rate's; they differ by the steps
+    that overflowed in fp16, whose `loss_scale` is here, too.
+    """
+    return {
+        "moments": {
+            name: {key: _moment(engine, parameter, key).cpu() for key in MOMENTS}
+            for name, parameter in trained(engine.module)
+        },
+        "updates": _updates(engine),
+        "schedule": engine.lr_scheduler.last_epoch,
+        "loss_scale": _loss_scale(engine),
+    }
+
+
+def restore(engine: Any, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Puts an engine that has not trained yet where `gather` found another, `weights` being the
+    model's state dict of then.
+
+    Raises `ValueError` naming parameters that the state does not have, or has in another shape.
+    """
+    named = dict(trained(engine.module))
+    moments = state["moments"]
+    if moments.keys() != named.keys():
+        raise ValueError(f"optimizer state of other parameters: {_few(moments.keys() ^ named)}")
+    odd = [n for n, p in named.items() if moments[n][MOMENTS[0]].shape != p.shape]
+    if odd:
+        raise ValueError(f"optimizer state of other shapes: {_few(odd)}")
+    engine.module.load_state_dict(weights)
+    if engine.zero_optimization():
+        engine.optimizer.refresh_fp32_params()
+    _prepare(engine, state["updates"])
+    for name, parameter in named.items():
+        for key in MOMENTS:
+            _set_moment(engine, parameter, key, moments[name][key].to(parameter.device))
+    _restore_schedule(engine.lr_scheduler, state["schedule"])
+    _restore_loss_scale(engine, state["loss_scale"])
+
+
+def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that the optimizer changes."""
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def _moment(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
+    state = _torch_optimizer(engine).state
+    if not engine.zero_optimization():
+        return state[parameter][key]
+    whole = torch.zeros_like(parameter, dtype=torch.float32).flatten()
+    part = _part(engine, parameter, key, whole)
+    if part is not None:
+        mine, stored = part
+        mine.copy_(stored)
+    dist.all_reduce(whole)  # of numbers that one rank has and zeros that the others have: exact
+    return whole.view_as(parameter)
+
+
+def _set_moment(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    if not engine.zero_optimization():
+        _torch_optimizer(engine).state[parameter][key].copy_(value)
+        return
+    part = _part(engine, parameter, key, value.flatten())
+    if part is not None:
+        mine, stored = part
+        stored.copy_(mine)
+
+
+def _part(
+    engine: Any, parameter: nn.Parameter, key: str, whole: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """What this rank keeps of a parameter's moment: its place in `whole`, the moment laid flat, and
+    in the optimizer's state. None: nothing."""
+    # DeepSpeed's own way, safe_get_full_optimizer_state, knows the first parameter group alone: it
+    # is tied to the optimizer's state as soon as that group has taken its first step.
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    stored = _torch_optimizer(engine).state[flat][key]
+    inside, mine = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return (
+        whole.narrow(0, mine.start, mine.numel),
+        stored.narrow(0, inside.start, inside.numel),
+    )
+
+
+def _optimized(engine: Any) -> list[Tensor]:
+    """The tensors that torch's AdamW updates: parameters, or ZeRO's parts of them laid flat."""
+    if engine.zero_optimization():
+        return list(engine.optimizer.single_partition_of_fp32_groups)
+    return [p for _, p in trained(engine.module)]
+
+
+def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
+
+
+def _updates(engine: Any) -> int:
+    return int(_torch_optimizer(engine).state[_optimized(engine)[0]]["step"])
+
+
+def _prepare(engine: Any, updates: int) -> None:
+    """Gives AdamW the state that its first step would make, with moments of zero."""
+    optimizer = _torch_optimizer(engine)
+    fused = optimizer.defaults["fused"]
+    for tensor in _optimized(engine):
+        # As in torch.optim.adam: the count is on the device only where the fused kernel reads it.
+        count = torch.tensor(float(updates), device=tensor.device if fused else "cpu")
+        zeros = {key: torch.zeros_like(tensor) for key in MOMENTS}
+        optimizer.state[tensor] = {"step": count, **zeros}
+
+
+def _restore_schedule(scheduler: Any, steps: int) -> None:
+    scheduler.last_epoch = steps
+    rates = [
+        base * factor(steps)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _loss_scale(engine: Any) -> dict[str, Any]:
+    """Numbers of fp16's dynamic loss scale; empty in other precisions."""
+    scaler = engine.torch_autocast_z0_gradscaler
+    if scaler is not None:
+        return scaler.state_dict()
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None or not getattr(engine.optimizer, "dynamic_loss_scale", False):
+        return {}
+    return {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)}
+
+
+def _restore_loss_scale(engine: Any, numbers: Mapping[str, Any]) -> None:
+    if engine.torch_autocast_z0_gradscaler is not None:
+        engine.torch_autocast_z0_gradscaler.load_state_dict(dict(numbers))
+    elif numbers:
+        vars(engine.optimizer.loss_scaler).update(numbers)
+
+
+def _few(names: Any) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
