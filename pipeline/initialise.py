@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model.config import TINY, ModelConfig
 from model.detr import build_model
 from model.weights import load_backbone, load_official, read_state_dict
-from pipeline.checkpoint import load_model
+from pipeline.checkpoint_store import load_model
 from pipeline.config import RunConfig
 from pipeline.engine import seed_step
 from pipeline.errors import UserError

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from model.detr import build_model
-from pipeline.checkpoint import load_model
+from pipeline.checkpoint_store import load_model
 from pipeline.config import RunConfig
 from pipeline.data.labels import Labels
 from pipeline.data.shards import ShardSet

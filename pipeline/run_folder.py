@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import Progress, checkpoint_path
+from pipeline.checkpoint_store import Progress, checkpoint_path
 from pipeline.config import RunConfig
 from pipeline.dataset import Dataset
 from pipeline.errors import UserError

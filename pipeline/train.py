@@ -5,6 +5,7 @@ Starting a run whose folder exists resumes it. Nothing here knows who launched i
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from model.criterion import build_criterion
 from model.detr import build_model
 from pipeline import checkpoint
 from pipeline.bad_step import LossCheck, Place, require_finite_weights
-from pipeline.checkpoint import Progress
+from pipeline.checkpoint import CheckpointWriter
+from pipeline.checkpoint_store import Progress, checkpoint_path, load_model
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.loader import on_device, steps_per_epoch, training_steps
@@ -43,6 +45,7 @@ class Run:
     criterion: nn.Module
     device: torch.device
     log: MetricsLog
+    checkpoints: CheckpointWriter
     initial: str  # what the weights before the first step were
     truth: Any  # pycocotools' COCO on rank 0, else None
     steps_per_epoch: float
@@ -65,9 +68,8 @@ def train(config: RunConfig, folder: Path) -> Path:
         progress = train_epoch(run, progress, steps)
         progress = evaluate_epoch(run, progress, epoch + 1)
         save(run, progress)
-        if run.rank == 0:
-            publish_best(folder, progress)
-    best = checkpoint.checkpoint_path(folder, progress.best_step)
+    run.checkpoints.wait()
+    best = checkpoint_path(folder, progress.best_step)
     if run.rank == 0:
         draw_best(run, best)
         run.log.write("event", progress.step, float(progress.epoch), event="finished")
@@ -95,6 +97,7 @@ def start(config: RunConfig, folder: Path) -> Run:
         criterion=build_criterion(config.model).to(device),
         device=device,
         log=MetricsLog(folder),
+        checkpoints=CheckpointWriter(folder, config, dataset.labels, partial(publish_best, folder)),
         initial=initial,
         truth=ground_truth(dataset.val) if rank == 0 else None,
         steps_per_epoch=epoch_steps,
@@ -200,8 +203,7 @@ def log_step(run: Run, progress: Progress, meter: Meter) -> None:
 
 def save(run: Run, progress: Progress) -> None:
     require_finite_weights(run.engine.module, progress.step)
-    keep = run.config.engine.keep_checkpoints
-    checkpoint.save(run.engine, run.folder, progress, run.config, run.dataset.labels, keep)
+    run.checkpoints.save(run.engine, progress)
 
 
 def evaluate_epoch(run: Run, progress: Progress, epoch: int) -> Progress:
@@ -224,6 +226,6 @@ def evaluate_epoch(run: Run, progress: Progress, epoch: int) -> Progress:
 def draw_best(run: Run, path: Path) -> None:
     """Draws the best checkpoint's predictions on validation images."""
     model = build_model(run.config.model)
-    model.load_state_dict(checkpoint.load_model(path)["model"])
+    model.load_state_dict(load_model(path)["model"])
     data, picture = run.dataset, run.folder / "predictions.png"
     draw_predictions(model.to(run.device), data.val, data.labels, run.config, run.device, picture)

@@ -15,17 +15,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def gather(engine: Any) -> dict[str, Any]:
-    """The optimizer's state on the CPU, whole on every rank (collective).
+    """The optimizer's state on the CPU, whole on rank 0; elsewhere without moments (collective).
 
     `moments` maps a parameter's name to its AdamW moments, float32 in the parameter's shape;
     `updates` counts the optimizer's steps, `schedule` the learning rate's; they differ by the steps
     that overflowed in fp16, whose `loss_scale` is here, too.
     """
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in trained(engine.module):
+        whole = {key: _moment(engine, parameter, key) for key in MOMENTS}
+        if dist.get_rank() == 0:
+            moments[name] = {key: value.to("cpu", copy=True) for key, value in whole.items()}
     return {
-        "moments": {
-            name: {key: _moment(engine, parameter, key).cpu() for key in MOMENTS}
-            for name, parameter in trained(engine.module)
-        },
+        "moments": moments,
         "updates": _updates(engine),
         "schedule": engine.lr_scheduler.last_epoch,
         "loss_scale": _loss_scale(engine),

@@ -16,7 +16,7 @@ import pytest
 from jobs.cluster import local_cluster
 from jobs.spec import JobSpec
 from jobs.submit import submit
-from pipeline.checkpoint import check
+from pipeline.checkpoint_store import check
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
 from pipeline.tracking import read_lines

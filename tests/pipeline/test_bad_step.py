@@ -11,8 +11,8 @@ import torch
 
 from model.criterion import build_criterion
 from model.detr import build_model
-from pipeline import checkpoint
 from pipeline.bad_step import LossCheck, Place, replay, require_finite_weights
+from pipeline.checkpoint_store import check, load_model
 from pipeline.data.augment import Example
 from pipeline.data.batch import collate
 from pipeline.engine import AUTOCAST
@@ -224,8 +224,8 @@ def test_all_ranks_stop_and_the_checkpoint_before_is_intact(drawn, tmp_path, run
     assert "parameters heads.classes.5.bias" in said[0]
     steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert steps == ["step-00000002"]
-    assert checkpoint.check(folder / "checkpoints" / steps[0]) is None
-    weights = checkpoint.load_model(folder)["model"]
+    assert check(folder / "checkpoints" / steps[0]) is None
+    weights = load_model(folder)["model"]
     assert all(x.isfinite().all() for x in weights.values())
     file = folder / "non_finite" / "step-00000004-rank-1.pt"
     assert [path.name for path in file.parent.iterdir()] == [file.name]

@@ -1,40 +1,45 @@
 """Damaged checkpoints are found and passed over; nothing but whole ones is loaded."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.checkpoint import (
-    _prune,
-    _write_manifest,
+from pipeline.checkpoint_store import (
+    Progress,
     check,
     checkpoint_path,
     load_model,
+    load_progress,
+    load_training,
     newest_intact,
+    prune,
+    write,
 )
 from pipeline.errors import UserError
 from pipeline.tracking import MetricsLog, read_lines
 
 
-def write(folder, step, content=b"weights"):
-    path = checkpoint_path(folder, step)
-    (path / "state").mkdir(parents=True)
-    (path / "state" / "optimizer.pt").write_bytes(content * 100)
-    torch.save({"model": {"w": torch.ones(2)}, "step": step}, path / "model.pt")
-    _write_manifest(path)
-    return path
+def saved(folder, step, **best):
+    model = {"model": {"w": torch.ones(2)}, "step": step}
+    return write(folder, Progress(step, 1, **best), model, {"moments": torch.rand(100)})
 
 
-def test_a_whole_checkpoint_is_intact(tmp_path):
-    path = write(tmp_path, 10)
+def test_a_checkpoint_reads_back_and_is_intact(tmp_path):
+    path = saved(tmp_path, 10, best_ap=0.25, best_step=5)
     assert check(path) is None
     assert newest_intact(tmp_path, pytest.fail) == path
+    assert load_progress(path) == Progress(10, 1, 0.25, 5)
+    assert load_training(path)["moments"].shape == (100,)
+    assert load_model(path)["step"] == 10
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def flip_byte(path):
-    file = path / "state" / "optimizer.pt"
+    file = path / "training.pt"
     data = bytearray(file.read_bytes())
     data[50] ^= 1
     file.write_bytes(data)
@@ -51,7 +56,7 @@ def flip_byte(path):
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, message):
-    before, newest = write(tmp_path, 10), write(tmp_path, 20)
+    before, newest = saved(tmp_path, 10), saved(tmp_path, 20)
     damage(newest)
     warnings = []
     assert newest_intact(tmp_path, warnings.append) == before
@@ -61,22 +66,44 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, mess
 
 
 def test_an_unfinished_checkpoint_is_not_looked_at(tmp_path):
-    whole = write(tmp_path, 10)
+    whole = saved(tmp_path, 10)
     checkpoint_path(tmp_path, 20).with_suffix(".partial").mkdir()
     assert newest_intact(tmp_path, pytest.fail) == whole
 
 
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    whole = saved(tmp_path, 10)
+
+    def mkdir(path, **_):
+        os.mkdir(path)
+        (path / "training.pt").symlink_to("/dev/full")  # a disk without room
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(OSError, match="No space left on device"):
+        saved(tmp_path, 20)
+    assert [p.name for p in whole.parent.iterdir()] == [whole.name]
+    assert newest_intact(tmp_path, pytest.fail) == whole
+
+
+def test_a_damaged_checkpoint_is_written_again(tmp_path):
+    path = saved(tmp_path, 10)
+    flip_byte(path)
+    assert check(path) is not None
+    assert saved(tmp_path, 10) == path
+    assert check(path) is None
+
+
 def test_the_latest_and_the_best_are_kept(tmp_path):
     for step in (10, 20, 30, 40):
-        write(tmp_path, step)
-    _prune(tmp_path, keep=2, best_step=10)
+        saved(tmp_path, step)
+    prune(tmp_path, keep=2, best_step=10)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-00000010", "step-00000030", "step-00000040"]
 
 
 def test_a_run_folder_gives_its_best_checkpoint(tmp_path):
-    write(tmp_path, 10)
-    write(tmp_path, 20)
+    saved(tmp_path, 10)
+    saved(tmp_path, 20)
     assert load_model(tmp_path)["step"] == 20
     (tmp_path / "best.json").write_text(json.dumps({"checkpoint": "step-00000010"}))
     assert load_model(tmp_path)["step"] == 10

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.__main__ import COMMANDS
-from pipeline.checkpoint import load_model
+from pipeline.checkpoint_store import load_model
 from pipeline.cli import main
 from pipeline.config import DataConfig
 from pipeline.dataset import open_dataset

@@ -13,7 +13,7 @@ import torchvision
 from model.config import ModelConfig
 from model.detr import build_model
 from model.weights import load_official
-from pipeline.checkpoint import load_model
+from pipeline.checkpoint_store import load_model
 from pipeline.config import InitConfig
 from pipeline.engine import seed_step
 from pipeline.errors import UserError

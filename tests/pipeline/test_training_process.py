@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.__main__ import COMMANDS
-from pipeline.checkpoint import checkpoint_path, load_model
+from pipeline.checkpoint_store import checkpoint_path, load_model
 from pipeline.cli import main
 from pipeline.tracking import read_lines
 

@@ -1,0 +1,169 @@
+"""Checkpoints of a run folder on disk: written aside, digested, renamed when complete.
+
+A checkpoint is a folder `checkpoints/step-00000250` with the model as `model.pt`, what training
+needs beside it as `training.pt`, `progress.json`, and `manifest.json` with the SHA-256 of every
+file. A folder that does not match its manifest is not a checkpoint. Reading executes no code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `step` says which global batch comes next; `epoch` ones are evaluated."""
+
+    step: int = 0
+    epoch: int = 0
+    best_ap: float = -1.0
+    best_step: int = -1
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any) -> Path:
+    """Writes a checkpoint of the run folder and returns where it is. Until the last moment it is
+    not there at all; what is in its way is a damaged one.
+
+    Raises `OSError` where the disk is full or closed; whatever was there before is still there."""
+    final = checkpoint_path(folder, progress.step)
+    aside = final.with_suffix(".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        _write(json.dumps(asdict(progress)), aside / "progress.json")
+        _save(model, aside / "model.pt")
+        _save(training, aside / "training.pt")
+        _write_manifest(aside)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(aside, final)
+    _flush(final.parent)
+    return final
+
+
+def _save(content: Any, file: Path) -> None:
+    with file.open("wb") as opened:  # by a path, torch would hide why it cannot write
+        torch.save(content, opened)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _write(text: str, file: Path) -> None:
+    with file.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def newest_intact(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of the run folder that matches its manifest. `warn(message)` is told of
+    every one that had to be passed over."""
+    for path in sorted((folder / "checkpoints").glob("step-*[0-9]"), reverse=True):
+        problem = check(path)
+        if problem is None:
+            return path
+        warn(f"checkpoint {path.name} is passed over: {problem}")
+    return None
+
+
+def check(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None where every file matches its digest."""
+    manifest = path / MANIFEST
+    if not manifest.exists():
+        return f"it has no {MANIFEST}"
+    try:
+        digests = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"its {MANIFEST} is not JSON ({error})"
+    for name, expected in digests.items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        if _sha256(file) != expected:
+            return f"{name} is not what was written (SHA-256 differs)"
+    return None
+
+
+def load_progress(path: Path) -> Progress:
+    return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """`training.pt` of a checkpoint folder, on the CPU."""
+    return torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+
+
+def load_model(path: Path) -> dict[str, Any]:
+    """`model.pt` of a checkpoint folder: {model, config, labels, progress}, on the CPU.
+
+    `path` may be the checkpoint, the file itself, or a run folder (its best, else its newest).
+    Raises `UserError` when there is none.
+    """
+    file = path
+    if (path / "checkpoints").is_dir():
+        best = path / "best.json"
+        name = json.loads(best.read_text())["checkpoint"] if best.exists() else None
+        chosen = path / "checkpoints" / name if name else newest_intact(path, lambda _: None)
+        if chosen is None:
+            raise UserError(f"run folder {path} holds no intact checkpoint yet")
+        file = chosen
+    if file.is_dir():
+        file = file / "model.pt"
+    if not file.exists():
+        raise UserError(
+            f"{path} is not a checkpoint: expected a run folder, a step-… folder in "
+            f"its checkpoints/, or a model.pt"
+        )
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{file} cannot be read as a checkpoint: {error}") from None
+
+
+def prune(folder: Path, keep: int, best_step: int) -> None:
+    """Removes checkpoints; the latest `keep` and the best stay."""
+    present = sorted((folder / "checkpoints").glob("step-*[0-9]"))
+    for path in present[:-keep]:
+        if path != checkpoint_path(folder, best_step):
+            shutil.rmtree(path)
+
+
+def _write_manifest(folder: Path) -> None:
+    digests = {}
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        digests[str(file.relative_to(folder))] = _sha256(file)
+    manifest = folder / MANIFEST
+    _write(json.dumps(digests, indent=1), manifest)
+    _flush(folder)
+
+
+def _flush(folder: Path) -> None:
+    """A folder's list of names, to the disk itself."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
