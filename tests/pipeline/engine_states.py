@@ -1,0 +1,108 @@
+"""Trains small engines in every ZeRO stage and precision, for test_training_state.py.
+
+python engine_states.py whole FOLDER: 6 steps, the state saved, 6 more steps, the end saved.
+python engine_states.py rest FOLDER: the 6 steps from the saved state; prints, as JSON, how far each
+end is from the saved one. Runs in one process or in those of torchrun, over gloo.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.checkpoint import copied
+from pipeline.engine import build_engine, start_process_group, stop_process_group
+from pipeline.recipes import recipe
+from pipeline.training_state import gather, restore
+
+CASES = [(stage, precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16")]
+BATCH, HALF, END = 12, 6, 12
+
+
+class Model(nn.Module):
+    """A parameter group for each rate of the trainer; sizes that no world size divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(13, 17)
+        self.middle = nn.Linear(17, 5, bias=False)
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.sampling_offsets = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sampling_offsets(self.frozen(self.middle(self.backbone(x).relu())))
+
+
+def engine(stage: int, precision: str):
+    config = recipe("demo")
+    settings = replace(config.engine, zero_stage=stage, precision=precision, device="cpu")
+    optimizer = replace(config.optimizer, batch_size=BATCH)
+    torch.manual_seed(0)
+    return build_engine(Model(), replace(config, engine=settings, optimizer=optimizer), 3)
+
+
+def train(engine, steps: range) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for step in steps:
+        images = torch.randn(BATCH, 13, generator=torch.Generator().manual_seed(step))
+        engine.backward((engine(images.chunk(world)[rank]) ** 2).mean())
+        engine.step()
+
+
+def snapshot(engine) -> dict:
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
+    return {"training": gather(engine), "model": copied(engine.module), "rates": rates}
+
+
+def distance(one: dict, other: dict) -> dict:
+    """The largest difference over the largest value, of weights and of moments; exact equality."""
+    pairs = {"model": (one["model"], other["model"])}
+    for key in ("exp_avg", "exp_avg_sq"):
+        pairs[key] = tuple(
+            {name: moments[key] for name, moments in state["training"]["moments"].items()}
+            for state in (one, other)
+        )
+    found = {}
+    for key, (mine, theirs) in pairs.items():
+        assert mine.keys() == theirs.keys()
+        scale = max(float(value.abs().max()) for value in theirs.values())
+        found[key] = max(float((mine[n] - theirs[n]).abs().max()) for n in mine) / scale
+    counts = ("updates", "schedule", "loss_scale")
+    found["same_counts"] = one["rates"] == other["rates"] and all(
+        one["training"][key] == other["training"][key] for key in counts
+    )
+    return found
+
+
+def main(mode: str, folder: Path) -> None:
+    rank, _ = start_process_group(torch.device("cpu"))
+    report = {}
+    for stage, precision in CASES:
+        trained, name = engine(stage, precision), f"{stage}-{precision}"
+        if mode == "whole":
+            train(trained, range(HALF))
+            half = snapshot(trained)
+            train(trained, range(HALF, END))
+            end = snapshot(trained)
+            if rank == 0:
+                torch.save(half, folder / f"{name}-half.pt")
+                torch.save(end, folder / f"{name}-end.pt")
+            continue
+        half = torch.load(folder / f"{name}-half.pt", weights_only=True)
+        restore(trained, half["training"], half["model"])
+        train(trained, range(HALF, END))
+        end = snapshot(trained)
+        if rank == 0:
+            whole = torch.load(folder / f"{name}-end.pt", weights_only=True)
+            report[name] = distance(end, whole)
+    if rank == 0:
+        print(json.dumps(report))
+    stop_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,76 @@
+"""The optimizer's state by parameter name: exact on as many processes, and good on others."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.training_state import restore
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = {f"{stage}-{precision}" for stage in (0, 1, 2) for precision in ("fp32", "bf16")}
+pytestmark = pytest.mark.slow
+
+
+def engines(mode: str, folder: Path, ranks: int) -> dict:
+    launcher = [
+        "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+    ]  # fmt: skip
+    script = Path(__file__).with_name("engine_states.py")
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), mode, str(folder)],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    engines("whole", folder, ranks=2)
+    return folder
+
+
+def test_on_as_many_processes_the_rest_is_the_same_to_the_last_bit(trained):
+    report = engines("rest", trained, ranks=2)
+    assert report.keys() == NAMES
+    for name, found in report.items():
+        assert found == {"model": 0, "exp_avg": 0, "exp_avg_sq": 0, "same_counts": True}, name
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_on_other_numbers_of_processes_it_differs_by_rounding(trained, ranks):
+    """Gradients of bfloat16 passes are rounded in shares of another size."""
+    report = engines("rest", trained, ranks)
+    assert report.keys() == NAMES
+    for name, found in report.items():
+        most = 1e-6 if name.endswith("fp32") else 1e-3
+        assert found["same_counts"], name
+        assert max(found["model"], found["exp_avg"]) < most, (name, found)
+
+
+class Engine:
+    module = nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        ({"weight": {"exp_avg": torch.zeros(2, 3)}}, "of other parameters: bias"),
+        (
+            {"weight": {"exp_avg": torch.zeros(2, 4)}, "bias": {"exp_avg": torch.zeros(2)}},
+            "of other shapes: weight",
+        ),
+    ],
+)
+def test_a_state_of_another_model_is_refused(moments, message):
+    with pytest.raises(ValueError, match=message):
+        restore(Engine(), {"moments": moments}, {})
