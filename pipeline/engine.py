@@ -112,11 +112,11 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
 def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for this run."""
     micro = micro_batch_size(config, world)
-    total = config.optimizer.batch_size
+    share = -(-config.optimizer.batch_size // world)
     settings: dict[str, Any] = {
-        "train_batch_size": total,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": total // world // micro,
+        # Of the ranks with the largest shares; each tells the engine where its own passes end.
+        "gradient_accumulation_steps": -(-share // micro),
         "gradient_clipping": config.optimizer.clip_norm,
         "zero_optimization": {"stage": config.engine.zero_stage},
         "zero_allow_untested_optimizer": True,

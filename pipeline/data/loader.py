@@ -180,20 +180,24 @@ def evaluation_batches(
 def micro_batch_size(config: RunConfig, world: int) -> int:
     """Most images in one forward pass of one process.
 
-    Raises `UserError` where the global batch does not divide evenly."""
-    total, micro = config.optimizer.batch_size, config.engine.micro_batch
-    if total % world:
+    Raises `UserError` where a process would have none, or where processes would need different
+    numbers of passes, which ZeRO stage 2 does not do."""
+    total, engine = config.optimizer.batch_size, config.engine
+    if total < world:
         raise UserError(
-            f"optimizer.batch_size {total} does not divide over {world} processes; "
-            f"choose a multiple of {world}"
+            f"optimizer.batch_size: got {total} images for {world} processes, expected {world} or "
+            f"more"
         )
-    share = total // world
-    if micro and share % micro:
+    largest, smallest = -(-total // world), total // world
+    micro = min(engine.micro_batch or largest, largest)
+    cut = engine.group_by_shape or engine.max_padded_pixels
+    uneven = total % world > 0 if cut else -(-largest // micro) != -(-smallest // micro)
+    if engine.zero_stage == 2 and uneven:
         raise UserError(
-            f"engine.micro_batch {micro} does not divide the {share} images of one process; "
-            f"choose a divisor of {share}"
+            f"optimizer.batch_size: {total} images over {world} processes need different numbers "
+            f"of passes, which ZeRO stage 2 does not do; use --engine.zero-stage 1"
         )
-    return micro or share
+    return micro
 
 
 def on_device(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:

@@ -11,10 +11,11 @@ import numpy as np
 def cut(
     sizes: np.ndarray, rank: int, world: int, micro: int, by_shape: bool, most_pixels: int
 ) -> list[np.ndarray]:
-    """Indices into the global batch of each micro-batch of `rank`, in order; as many on every rank.
+    """Indices into the global batch of each micro-batch of `rank`, in order; as many on every rank,
+    unless `world` does not divide G and all are of one image.
 
-    sizes: [G, 2] (height, width) of the batch's images as they will be; G a multiple of `world`.
-    micro: most images in one; a divisor of G / world. by_shape: images of like shape go together,
+    sizes: [G, 2] (height, width) of the batch's images as they will be; G at least `world`.
+    micro: most images in one. by_shape: images of like shape go together,
     else neighbours of the batch. most_pixels: no micro-batch has more than this of images x height
     x width, padding included; 0: no bound. Then their number may exceed G / world / micro.
     Raises `ValueError` where a single image exceeds it.
@@ -23,8 +24,8 @@ def cut(
     parts = [order[i : i + micro] for i in range(0, len(order), micro)]
     if most_pixels:
         parts = _bounded(order, sizes, micro, most_pixels)
-        parts = _multiple(parts, sizes, world)
     if by_shape or most_pixels:
+        parts = _multiple(parts, sizes, world)
         # The like-sized ones to different ranks at the same time: nobody waits for the largest.
         parts = sorted(parts, key=lambda part: padded_pixels(sizes[part]))
         return parts[rank::world]
@@ -65,10 +66,13 @@ def _bounded(
 
 
 def _multiple(parts: list[np.ndarray], sizes: np.ndarray, world: int) -> list[np.ndarray]:
-    """Halves the largest until their number is a multiple of `world`: ranks step together."""
+    """Halves the largest until their number is a multiple of `world`: ranks step together. Ends
+    where all are single images."""
     while len(parts) % world:
         areas = [padded_pixels(sizes[part]) if len(part) > 1 else 0 for part in parts]
         i = int(np.argmax(areas))
+        if not areas[i]:
+            break
         half = len(parts[i]) // 2
         parts[i : i + 1] = [parts[i][:half], parts[i][half:]]
     return parts

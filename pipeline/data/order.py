@@ -67,10 +67,7 @@ class Stream:
 
 
 def rank_slice(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """One rank's slice of a global batch, whose size is a multiple of `world`.
-
-    Joined over ranks, slices give the batch, whatever the world size.
+    """One rank's slice of a global batch; where `world` does not divide it, the first ranks have
+    one more. Joined over ranks, slices give the batch, whatever the world size.
     """
-    assert len(batch) % world == 0, f"global batch {len(batch)} over {world} processes"
-    share = len(batch) // world
-    return batch[rank * share : (rank + 1) * share]
+    return np.array_split(batch, world)[rank]

@@ -51,14 +51,16 @@ def test_the_rates_of_the_paper_reach_the_right_parameters():
     assert all(g["weight_decay"] == 1e-4 for g in optimizer.param_groups)
 
 
-@pytest.mark.parametrize(("world", "micro", "steps"), [(1, 0, 1), (2, 4, 2), (4, 1, 4)])
-def test_deepspeed_is_told_of_one_global_batch(world, micro, steps):
+@pytest.mark.parametrize(
+    ("world", "micro", "passes", "images"),
+    [(1, 0, 1, 16), (2, 4, 2, 4), (4, 1, 4, 1), (3, 0, 1, 6), (3, 2, 3, 2)],
+)
+def test_deepspeed_is_told_of_one_global_batch(world, micro, passes, images):
     config = recipe("demo")
     config = replace(config, engine=replace(config.engine, micro_batch=micro))
     settings = deepspeed_config(config, world)
-    assert settings["gradient_accumulation_steps"] == steps
-    assert settings["train_batch_size"] == 16
-    assert settings["train_micro_batch_size_per_gpu"] * steps * world == 16
+    assert settings["gradient_accumulation_steps"] == passes
+    assert settings["train_micro_batch_size_per_gpu"] == images
     assert settings["zero_optimization"]["stage"] == 1
     assert settings["torch_autocast"]["dtype"] == "bfloat16"
 

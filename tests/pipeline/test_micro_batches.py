@@ -36,6 +36,17 @@ def test_every_image_is_in_one_micro_batch_within_the_bounds(batch, by_shape, mo
         assert len(ranks[0]) == len(sizes) // world // micro
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 16), st.integers(0, 20), st.integers(1, 8), st.sampled_from([0, 9000]))
+def test_uneven_shares_leave_no_rank_without_images(world, more, micro, most):
+    sizes = np.random.default_rng(more).integers(20, 90, (world + more, 2))
+    ranks = [cut(sizes, rank, world, micro, True, most) for rank in range(world)]
+    assert sorted(i for parts in ranks for part in parts for i in part) == list(range(len(sizes)))
+    passes = {len(parts) for parts in ranks}
+    assert min(passes) >= 1
+    assert len(passes) == 1 or all(len(part) == 1 for parts in ranks for part in parts)
+
+
 def test_like_shapes_share_a_micro_batch():
     #                 0           1           2           3
     sizes = np.array([(480, 640), (640, 480), (500, 660), (660, 500)])

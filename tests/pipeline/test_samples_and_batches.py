@@ -20,10 +20,11 @@ from pipeline.data.labels import build_labels
 from pipeline.data.loader import (
     evaluation_batches,
     micro_batch_size,
+    micro_batches,
     steps_per_epoch,
     training_steps,
 )
-from pipeline.data.order import first_step
+from pipeline.data.order import Stream, first_step
 from pipeline.data.shards import Sample, ShardSet
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
@@ -248,9 +249,9 @@ def global_batches(drawn, config, steps, world, busy_rank=0):
         passes = set()
         loaded = list(training_steps(shards, labels, of_rank, steps, rank, world, False))
         assert len(loaded) == len(steps)
-        for images, micro_batches in zip(batches, loaded, strict=True):
-            passes.add(len(micro_batches))
-            images += [pair for batch in micro_batches for pair in pixels(batch)]
+        for images, loaded_step in zip(batches, loaded, strict=True):
+            passes.add(len(loaded_step))
+            images += [pair for batch in loaded_step for pair in pixels(batch)]
     return batches
 
 
@@ -323,10 +324,24 @@ def test_impossible_batches_are_refused(drawn):
     with pytest.raises(UserError, match="12 images, fewer than one global batch of 16"):
         steps_per_epoch(shards, 16)
     config = config_for()
-    with pytest.raises(UserError, match="does not divide over 3"):
-        micro_batch_size(config, 3)
-    with pytest.raises(UserError, match=r"micro_batch 3 does not divide the 4"):
-        micro_batch_size(replace(config, engine=replace(config.engine, micro_batch=3)), 2)
+    with pytest.raises(UserError, match=r"got 8 images for 9 processes, expected 9 or more"):
+        micro_batch_size(config, 9)
+    two = replace(config.engine, zero_stage=2, micro_batch=2)
+    with pytest.raises(UserError, match=r"8 images over 3 processes .* ZeRO stage 2"):
+        micro_batch_size(replace(config, engine=two), 3)
+
+
+@pytest.mark.parametrize(("world", "micro", "expected"), [(3, 0, 3), (3, 2, 2), (2, 9, 4)])
+def test_shares_may_be_uneven(drawn, world, micro, expected):
+    config = config_for()
+    config = replace(config, engine=replace(config.engine, micro_batch=micro))
+    assert micro_batch_size(config, world) == expected
+    shards = ShardSet(drawn.shards / "train")
+    stream = Stream(shards.shard_sizes, config.seed, config.data.shuffle_window)
+    ranks = [micro_batches(shards, config, stream, 2, rank, world) for rank in range(world)]
+    assert all(1 <= len(part) <= expected for parts in ranks for part in parts)
+    joined = np.concatenate([part for parts in ranks for part in parts])
+    np.testing.assert_array_equal(joined, stream.batch(2, 8))
 
 
 def test_a_manifest_is_plain_json(drawn):
