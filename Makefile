@@ -52,7 +52,8 @@ gpu:
 	try $(PYTHON) -m cuda_ops check --device cuda; \
 	try $(PYTHON) -m cuda_ops benchmark --device cuda --output $(RESULTS)/operators-$$name.json; \
 	if $(PYTHON) -c 'import pytest' 2>/dev/null; then \
-		try $(PYTHON) -m pytest -m gpu tests/cuda_ops tests/model tests/pipeline/test_benchmark_step.py; \
+		try $(PYTHON) -m pytest -m gpu tests/cuda_ops tests/pipeline/test_bad_step.py \
+			tests/pipeline/test_benchmark_step.py tests/pipeline/test_loader_hand_over.py; \
 	else echo "--- pytest is not installed: the tests marked gpu are left out"; fi; \
 	try $(PYTHON) -m pipeline benchmark-step deformable_detr_r50 --device cuda --batch-sizes 2 4 8 \
 		--steps $(STEPS) --beside $(BESIDE) --output $(RESULTS)/step-$$name.json; \

@@ -24,8 +24,8 @@ class TrainOptions:
 class EvaluateOptions:
     checkpoint: Path
     """A run folder (its best checkpoint), a checkpoint in it, or a model.pt."""
-    data: Path
-    """Shard folder to evaluate on."""
+    data: str
+    """Shard folder, or its URL, to evaluate on."""
     output: Path | None = None
     """Also write the detections as a COCO result file."""
     tta: bool = False
@@ -40,8 +40,8 @@ class EvaluateOptions:
 class PredictOptions:
     checkpoint: Path
     """A run folder (its best checkpoint), a checkpoint in it, or a model.pt."""
-    data: Path
-    """Shard folder whose images are drawn."""
+    data: str
+    """Shard folder, or its URL, whose images are drawn."""
     output: Path = Path("predictions.png")
     count: int = 6
     """Number of images, spread over the set."""
@@ -72,8 +72,8 @@ class BenchmarkStepOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     steps: int = 20
     """Timed steps of each contender, for each batch size and precision."""
-    data: Path | None = None
-    """Shard folder: also time the loader, at this size."""
+    data: str = ""
+    """Shard folder, or its URL: also time the loader, at this size."""
     workers: int = 4
     """Processes of that loader."""
     output: Path | None = None

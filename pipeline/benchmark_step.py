@@ -99,8 +99,8 @@ def make_batches(
     """
     random = np.random.default_rng(seed)
     height, width = size
-    images = BATCHES * batch_size
-    share = random.permutation((np.arange(images) + 0.5) / images)
+    total = BATCHES * batch_size
+    share = random.permutation((np.arange(total) + 0.5) / total)
     counts = np.log1p(-share) / math.log(MEAN_BOXES / (MEAN_BOXES + 1))
     batches = []
     for some in counts.clip(max=MOST_BOXES).astype(int).reshape(BATCHES, batch_size):
@@ -118,7 +118,8 @@ def make_batches(
         padding_mask = torch.zeros(batch_size, height, width, dtype=torch.bool)
         sizes = torch.tensor([[height, width]] * batch_size)
         ids = list(range(batch_size))
-        batches.append(Batch(torch.from_numpy(pixels), padding_mask, targets, ids, sizes))
+        images = torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last)
+        batches.append(Batch(images, padding_mask, targets, ids, sizes))
     return batches
 
 

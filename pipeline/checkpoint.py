@@ -63,6 +63,7 @@ class CheckpointWriter:
         self.raise_failure()
 
     def raise_failure(self) -> None:
+        """Raises what went wrong in writing, if anything has by now."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -92,8 +93,9 @@ def resume(engine: Any, folder: Path, warn: Callable[[str], None]) -> Progress |
     path = found[0]
     if path is None:
         return None
+    progress = load_progress(path)
     restore(engine, load_training(path), load_model(path)["model"])
-    return load_progress(path)
+    return progress
 
 
 def copied(module: nn.Module) -> dict[str, Tensor]:

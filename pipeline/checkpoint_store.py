@@ -103,7 +103,14 @@ def check(path: Path) -> str | None:
 
 
 def load_progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+    """Raises `UserError` where the checkpoint is of a version with another format."""
+    content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    if content.keys() != set(Progress.__dataclass_fields__):
+        raise UserError(
+            f"{path} was written by another version of this software; finish the run with that "
+            f"one, or start from its weights: --init.weights {path} and another --output"
+        )
+    return Progress(**content)
 
 
 def load_training(path: Path) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def open_dataset(config: RunConfig) -> Dataset:
             "data.train and data.val: expected two shard folders; "
             "give --data.train DIR --data.val DIR"
         )
-    train, val = (_open(location, config.data) for location in (config.data.train, config.data.val))
+    train, val = (
+        open_shards(location, config.data) for location in (config.data.train, config.data.val)
+    )
     labels = build_labels(train.categories, config.data.labels)
     if build_labels(val.categories, config.data.labels) != labels:
         raise UserError(
@@ -39,7 +41,9 @@ def open_dataset(config: RunConfig) -> Dataset:
     return Dataset(train, val, labels)
 
 
-def _open(location: str, data: DataConfig) -> ShardSet:
+def open_shards(location: str, data: DataConfig) -> ShardSet:
+    """A shard folder, or its URL by way of a local cache. Raises `UserError` where it is none, or
+    where the cache is too small for what training reads at a time."""
     shards = ShardSet(location, data.cache_dir, data.cache_gb)
     # The window that is read and the one that is fetched meanwhile.
     needed = min(sum(shards.shard_bytes), 2 * data.shuffle_window * max(shards.shard_bytes))

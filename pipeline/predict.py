@@ -12,6 +12,7 @@ from pipeline.checkpoint_store import load_model
 from pipeline.config import RunConfig
 from pipeline.data.labels import Labels
 from pipeline.data.shards import ShardSet
+from pipeline.dataset import open_shards
 from pipeline.engine import choose_device
 from pipeline.errors import UserError
 
@@ -48,10 +49,12 @@ class Detector:
             chosen,
         )
 
-    def open(self, folder: Path) -> ShardSet:
-        """A shard folder whose categories are among the detector's."""
-        shards = ShardSet(folder)
+    def open(self, location: str | Path) -> ShardSet:
+        """A shard folder, or its URL, whose categories are among the detector's."""
+        shards = open_shards(str(location), self.config.data)
         unknown = {int(c["id"]) for c in shards.categories} - set(self.labels.category_of)
         if unknown:
-            raise UserError(f"{folder} has categories that the checkpoint lacks: {sorted(unknown)}")
+            raise UserError(
+                f"{location} has categories that the checkpoint lacks: {sorted(unknown)}"
+            )
         return shards

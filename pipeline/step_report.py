@@ -21,6 +21,7 @@ from pipeline.contenders import require
 from pipeline.data.labels import build_labels
 from pipeline.data.loader import training_steps
 from pipeline.data.shards import ShardSet
+from pipeline.dataset import open_shards
 from pipeline.engine import choose_device, stop_process_group
 from pipeline.errors import UserError
 from pipeline.step_timing import PHASES, Workload
@@ -37,7 +38,7 @@ def run(
     precisions: tuple[Literal["fp32", "bf16"], ...],
     steps: int,
     device_name: Literal["auto", "cpu", "cuda"],
-    data: Path | None,
+    data: str,
     workers: int,
     output: Path | None,
 ) -> None:
@@ -59,7 +60,7 @@ def run(
     engine = replace(config.engine, device=device_name, precision="fp32", loader_workers=workers)
     config = replace(config, engine=engine)
     device = choose_device(engine)
-    shards = None if data is None else ShardSet(data)
+    shards = open_shards(data, config.data) if data else None
     report: dict[str, Any] = {**surroundings(config, device, size), "workloads": []}
     for work, found in benchmark_step(config, names, size, batch_sizes, precisions, steps, device):
         loader = None

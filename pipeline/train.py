@@ -192,7 +192,8 @@ def global_boxes(micro_batches: list[Batch], device: torch.device) -> Tensor:
 
 
 def log_step(run: Run, progress: Progress, meter: Meter) -> None:
-    values = meter.flush(progress.step)
+    run.checkpoints.raise_failure()
+    values = meter.flush()
     values["lr"] = max(group["lr"] for group in run.engine.optimizer.param_groups)
     values["grad_norm"] = float(run.engine.get_global_grad_norm())
     if run.rank == 0:

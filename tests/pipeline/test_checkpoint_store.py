@@ -71,6 +71,13 @@ def test_an_unfinished_checkpoint_is_not_looked_at(tmp_path):
     assert newest_intact(tmp_path, pytest.fail) == whole
 
 
+def test_a_checkpoint_of_another_version_is_one_clear_error(tmp_path):
+    path = saved(tmp_path, 10)
+    (path / "progress.json").write_text('{"step": 10, "epoch": 1, "step_in_epoch": 3}')
+    with pytest.raises(UserError, match="written by another version"):
+        load_progress(path)
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     whole = saved(tmp_path, 10)
 

@@ -87,7 +87,7 @@ def test_the_wait_for_data_is_seconds_a_step(monkeypatch):
     for _ in meter.timed(slow()):
         for value in (1.0, 3.0):
             meter.add({"loss": torch.tensor(value)}, passes=2)
-    values = meter.flush(4)
+    values = meter.flush()
     assert values["loss"] == 2
     assert 0.02 <= values["data_wait"] <= (time.perf_counter() - start) / 4
     assert values["images_per_second"] <= 8 / 0.02
