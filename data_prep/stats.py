@@ -1,5 +1,6 @@
 """What is in a folder of shards: classes, sizes and shapes of objects and images."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,8 +10,9 @@ import numpy as np
 
 from data_prep.checks import annotation_problems
 from data_prep.coco import category_ids
-from data_prep.export import stored_samples
+from data_prep.export import stored_records
 from data_prep.manifest import read_manifest
+from data_prep.storage import Location, folder_at
 
 # COCO's object sizes: the `area` field against these, in square pixels.
 SMALL, LARGE = 32**2, 96**2
@@ -39,12 +41,13 @@ class Statistics:
     heights: list[int] = field(default_factory=list)
 
 
-def collect(shards: Path) -> Statistics:
-    """Read every sample of a folder of shards.
+def collect(shards: Location) -> Statistics:
+    """Read the records of every sample of a folder of shards; path or fsspec URL.
 
     Raises:
         ValueError: the folder is unusable or damaged.
     """
+    folder = folder_at(shards)
     manifest = read_manifest(shards)
     ids = category_ids(manifest.categories, str(shards))
     # A lone surrogate is legal in JSON and cannot be printed.
@@ -52,11 +55,10 @@ def collect(shards: Path) -> Statistics:
     stats = Statistics(dict(zip(ids, names, strict=True)))
     known = frozenset(ids)
     samples = manifest.samples
-    order = sorted(range(manifest.num_images), key=samples["id"].__getitem__)
-    for i, sample in zip(order, stored_samples(shards, manifest, "stats"), strict=True):
+    for i, record in stored_records(folder, manifest, "stats"):
         width, height = samples["width"][i], samples["height"][i]
         seen = []
-        for annotation in sample.record["annotations"]:
+        for annotation in json.loads(record)["annotations"]:
             if any(annotation_problems(annotation, (width, height), known)):
                 stats.faulty += 1
                 continue

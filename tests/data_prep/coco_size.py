@@ -173,9 +173,12 @@ def main() -> None:
         generate(folder, options.images, options.kilobytes, options.own_files)
     source, shards, copy = folder / "instances.json", folder / "shards", folder / "copy.tar"
     files = sum(path.stat().st_size for path in (folder / "images").iterdir())
-    print(f"{options.images} images, {files / 1e9:.2f} GB; {source.stat().st_size / 1e6:.0f} MB JSON")
+    text = source.stat().st_size
+    print(f"{options.images} images, {files / 1e9:.2f} GB; annotations {text / 1e6:.0f} MB")
+
     times: dict[str, list[float]] = {"tar": [], "convert": []}
-    tar = ["tar", "--hard-dereference", "-cf", str(copy), "-C", str(folder), "images", source.name]
+    inputs = ("-C", str(folder), "images", source.name)
+    tar = ["tar", "--hard-dereference", "-cf", str(copy), *inputs]
     convert = [
         *(sys.executable, "-m", "data_prep", "convert", "--images", str(folder / "images")),
         *("--annotations", str(source), "--output", str(shards)),

@@ -95,8 +95,7 @@ GOOD_REST = '"annotations": [], "categories": [{"id": 1, "name": "a"}]'
         ("{" + GOOD_IMAGES + "," + GOOD_REST + ",}", "not valid JSON"),
         ("{1: 2}", "not valid JSON: Expecting a property name"),
         ("[]", "the top level must be an object"),
-        ("{}", "no images and no annotations and no categories"),
-        ("{" + GOOD_IMAGES + ', "categories": [{"id": 1, "name": "a"}]}', '"annotations": []'),
+        ("{}", "no images and no categories"),
         ("{" + GOOD_IMAGES + ', "annotations": []}', "it has no categories"),
         ('{"images": {}, ' + GOOD_REST + "}", "images must be a list"),
         ('{"images": [], ' + GOOD_REST + "}", "lists no images"),
@@ -104,9 +103,7 @@ GOOD_REST = '"annotations": [], "categories": [{"id": 1, "name": "a"}]'
         ('{"images": [{"id": "1", "file_name": "a"}], ' + GOOD_REST + "}", "integer id"),
         ('{"images": [{"id": true, "file_name": "a"}], ' + GOOD_REST + "}", "integer id"),
         ('{"images": [{"id": 9223372036854775808}], ' + GOOD_REST + "}", "below 2^63"),
-        ('{"images": [{"id": 1}], ' + GOOD_REST + "}", "needs a file_name"),
-        ('{"images": [{"id": 1, "file_name": "a", "width": -4}], ' + GOOD_REST + "}", "width -4"),
-        ('{"images": [{"id": 1, "file_name": "a", "height": NaN}], ' + GOOD_REST + "}", "height"),
+        ('{"images": [{"id": 1}], ' + GOOD_REST + "}", "need a file_name"),
         ("{" + GOOD_IMAGES + "," + GOOD_IMAGES + "," + GOOD_REST + "}", "twice"),
         ('{"a": 1, "a": 2, ' + GOOD_IMAGES + "," + GOOD_REST + "}", 'key "a" is there twice'),
         ("{" + GOOD_IMAGES + ', "annotations": [[]], "categories": []}', "hold objects"),
@@ -143,7 +140,7 @@ def test_a_byte_order_mark_and_odd_spacing_are_fine(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     coco = read_coco(path)
     assert [image.id for image in coco.images] == [1]
-    assert json.loads(coco.sample_json(coco.images[0])) == {
+    assert json.loads(coco.sample_json(0)) == {
         "image": {"id": 1, "file_name": "a"},
         "annotations": [],
     }

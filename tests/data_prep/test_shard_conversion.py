@@ -15,7 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep.checks import decode_image, read_image_header
+from data_prep.checks import TruncatedImage, decode_image, read_image_header
 from data_prep.convert import convert
 from data_prep.manifest import COLUMNS, read_manifest
 
@@ -166,15 +166,16 @@ def test_killed_and_run_again_gives_the_same_bytes(drawn, shards, tmp_path):
     code = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
-        "import data_prep.convert as c\n"
-        "write, count = c.encode_member, 0\n"
+        "import data_prep.write as w\n"
+        "from data_prep.convert import convert\n"
+        "header, count = w.member_header, 0\n"
         "def counted(*a):\n"
         "    global count\n"
         "    count += 1\n"
         "    if count == 250: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return write(*a)\n"
-        "c.encode_member = counted\n"
-        "c.convert(*map(Path, sys.argv[1:]), samples_per_shard=50)\n"
+        "    return header(*a)\n"
+        "w.member_header = counted\n"
+        "convert(*map(Path, sys.argv[1:]), samples_per_shard=50)\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", code, images, annotations, output], cwd=ROOT, timeout=60
@@ -295,7 +296,7 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
     assert found == {
         ("missing image", 10, None),
         ("corrupt image", 11, None),
-        ("corrupt image", 12, None),
+        ("truncated image", 12, None),
         ("corrupt image", 13, None),
         ("size mismatch", 14, None),
         ("duplicate image id", 15, None),
@@ -311,16 +312,16 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
         ("non-finite number", 15, 201),
     }
     details = {p.image_id: p.detail for p in result.problems if p.image_id in (12, 13, 14)}
-    assert "truncated" in details[12]
+    assert "no end-of-image marker" in details[12]
     assert "not an image" in details[13]
     assert "turned" in details[14]
     manifest = read_manifest(small.output)
     assert sorted(manifest.samples["id"]) == [15, 16, 17, 18, 19, 20, 21]
-    assert [q["image_id"] for q in manifest.quarantined] == [11, 12, 13, 15, 10, 60, 14]
+    assert [q["image_id"] for q in manifest.quarantined] == [11, 13, 15, 10, 60, 14, 12]
     assert manifest.num_annotations == 9
     report = json.loads((small.output / "report.json").read_text())
     assert len(report["problems"]) == len(result.problems)
-    assert report["counts"]["corrupt image"] == 3
+    assert report["counts"]["corrupt image"] == 2
 
 
 def test_strict_fails_and_without_it_the_work_is_kept(small):
@@ -356,9 +357,9 @@ def test_truncation_is_seen_behind_a_thumbnail(encoded):
     assert read_image_header(data) == ("jpg", 60, 60)
     assert read_image_header(data + b"trailing bytes") == ("jpg", 60, 60)
     for cut in (len(data) - 2, len(data) // 2):
-        with pytest.raises(ValueError, match="truncated"):
+        with pytest.raises(TruncatedImage):
             read_image_header(data[:cut])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(TruncatedImage):
         read_image_header(encoded(kind="PNG")[:-20])
 
 
