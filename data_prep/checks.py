@@ -6,6 +6,7 @@ An image is judged by its header and its end marker; pixels are decoded only on 
 import io
 import json
 import math
+import struct
 import sys
 import warnings
 from collections import Counter
@@ -30,6 +31,8 @@ EXTENSIONS = {
 FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # PIL opens MPO by way of JPEG
 # Published boxes stick out of their images by rounding; more than this is a mistake.
 BOX_TOLERANCE = 1.0  # pixels
+_FRAME = struct.Struct(">BHHB")  # of a JPEG: bits, height, width, channels
+_LARGEST = sys.float_info.max
 _NUMBERS = frozenset((int, float))  # types that JSON numbers have, and True has not
 
 
@@ -61,9 +64,15 @@ def read_image_header(data: bytes) -> ImageHeader:
         TruncatedImage: cut short.
         ValueError: not an image of a known format.
     """
-    header = _with_image(data, lambda i: ImageHeader(EXTENSIONS[str(i.format)], i.width, i.height))
+    size, scan = _jpeg_frame(data)
+    if size is not None and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
+        header = ImageHeader("jpg", *size)
+    else:
+        header = _with_image(
+            data, lambda image: ImageHeader(EXTENSIONS[str(image.format)], *image.size)
+        )
     # In the coded part of a JPEG 0xFF is always escaped, so an end marker there is a real one.
-    if header.extension == "jpg" and data.rfind(b"\xff\xd9", _scan_start(data)) < 0:
+    if header.extension == "jpg" and data.rfind(b"\xff\xd9", scan) < 0:
         raise TruncatedImage(f"no end-of-image marker in {len(data)} bytes")
     if header.extension == "png" and b"IEND" not in data[-64:]:
         raise TruncatedImage(f"no IEND chunk at the end of {len(data)} bytes")
@@ -93,22 +102,32 @@ def _with_image(data: bytes, read: Callable[[Image.Image], Result]) -> Result:
         raise ValueError(f"{error or type(error).__name__} ({len(data)} bytes)") from None
 
 
-def _scan_start(data: bytes) -> int:
-    """Where the coded part of a JPEG begins, its own and not that of a thumbnail in its header."""
-    position = 2
-    while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            break
+def _jpeg_frame(data: bytes) -> tuple[tuple[int, int] | None, int]:
+    """((width, height), where the coded part begins) of a JPEG, its own and not its thumbnail's.
+
+    The size is None for what is not an ordinary JPEG: that is for PIL to judge. This is five
+    times as fast as PIL, which also reads tables and metadata.
+    """
+    size = None
+    position = 2 if data.startswith(b"\xff\xd8\xff") else len(data)
+    while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xDA:
-            return position
+            return size, position
         if marker == 0xFF:  # a fill byte
             position += 1
         elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # markers without content
             position += 2
         else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4])
-    return len(data)
+            length = int.from_bytes(data[position + 2 : position + 4])
+            if 0xC0 <= marker <= 0xC2:  # Huffman-coded: baseline, extended, progressive
+                bits, height, width, channels = _FRAME.unpack_from(
+                    data[position + 4 : position + 10].ljust(_FRAME.size, b"\0")
+                )
+                plain = bits == 8 and channels in (1, 3, 4) and width > 0 and height > 0
+                size = (width, height) if plain else None
+            position += 2 + length
+    return None, len(data)
 
 
 def size_mismatch(recorded: tuple[Any, Any], actual: tuple[int, int], name: str) -> str | None:
@@ -139,7 +158,8 @@ def annotation_problems(
     # 1.0 and True equal 1 in Python, but are not ids.
     if type(category) is not int or (categories is not None and category not in categories):
         yield "unknown category", f"category_id {category!r:.60} is not in categories"
-    yield from record_problems(annotation)
+    if any(map(non_finite, annotation.values())):
+        yield from record_problems(annotation)
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and _NUMBERS.issuperset(map(type, box))):
         yield "no box", f"bbox is {box!r:.60}, expected [x, y, width, height]"
@@ -167,6 +187,8 @@ def record_problems(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def non_finite(value: Any) -> bool:
     """Whether a JSON value is or contains NaN, an infinity, or a number beyond the floats."""
     kind = type(value)
+    if kind is int or kind is float:
+        return not -_LARGEST <= value <= _LARGEST
     if kind is list:
         if not value or type(value[0]) is list:
             return any(map(non_finite, value))
@@ -177,8 +199,6 @@ def non_finite(value: Any) -> bool:
         except (TypeError, OverflowError):  # not all of them numbers, or too large
             pass
         return any(map(non_finite, value))
-    if kind is float or kind is int:
-        return not -sys.float_info.max <= value <= sys.float_info.max
     return kind is dict and any(map(non_finite, value.values()))
 
 

@@ -28,9 +28,12 @@ _LARGEST_ID = 2**63 - 1
 _NO_ID = -(2**63)  # in a column of ids: the record has none
 _BLOCK = 16 * 2**20
 
+_NUMBERS = ("start", "end", "id", "image_id", "category_id")
+_NO_BOX = (math.nan,) * 4
+_Row = tuple[tuple[int, ...], tuple[float, ...], bool]  # of _NUMBERS, box, suspect
 _FIELDS = np.dtype(
     [
-        *((name, np.int64) for name in ("start", "end", "id", "image_id", "category_id")),
+        *((name, np.int64) for name in _NUMBERS),
         ("box", np.float64, 4),  # x0, y0, x1, y1; NaN where there is none
         ("suspect", np.bool_),  # something is wrong with it, whatever image and categories are
     ]
@@ -372,16 +375,24 @@ def _image_row(record: dict[str, Any], span: Span) -> ImageRecord:
     return ImageRecord(number, known, record.get("width"), record.get("height"), suspect, span)
 
 
-def _annotation_row(record: dict[str, Any], span: Span) -> tuple[Any, ...]:
+def _annotation_row(record: dict[str, Any], span: Span) -> _Row:
     ids = (_id(record.get("id")), _id(record.get("image_id")), _id(record.get("category_id")))
     for _ in annotation_problems(record):
-        return (*span, *ids, (math.nan,) * 4, True)
+        return (*span, *ids), _NO_BOX, True
     x, y, width, height = record["bbox"]
-    return (*span, *ids, (x, y, x + width, y + height), False)
+    return (*span, *ids), (x, y, x + width, y + height), False
 
 
-def _packed(rows: list[tuple[Any, ...]]) -> NDArray[Any]:
-    return np.array(rows, _FIELDS)
+def _packed(rows: list[_Row]) -> NDArray[Any]:
+    packed = np.zeros(len(rows), _FIELDS)
+    # Several times as fast as one array of tuples.
+    numbers = np.fromiter(chain.from_iterable(row[0] for row in rows), np.int64)
+    for name, column in zip(_NUMBERS, numbers.reshape(-1, len(_NUMBERS)).T, strict=True):
+        packed[name] = column
+    boxes = np.fromiter(chain.from_iterable(row[1] for row in rows), np.float64)
+    packed["box"] = boxes.reshape(-1, 4)
+    packed["suspect"] = [row[2] for row in rows]
+    return packed
 
 
 def _side(value: Any) -> float:

@@ -5,7 +5,7 @@ It is written last and at once, so a folder that has one is complete.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from data_prep.shards import END
@@ -46,7 +46,7 @@ def data_digest(header: dict[str, Any], shard_digests: list[str]) -> str:
 
 def write_manifest(folder: Folder, manifest: Manifest) -> None:
     """Write `folder/manifest.json`, all at once."""
-    content = {"format": FORMAT, "version": VERSION} | asdict(manifest)
+    content = {"format": FORMAT, "version": VERSION} | vars(manifest)
     folder.write(NAME, json.dumps(content).encode())
 
 

@@ -1,14 +1,18 @@
 """Tasks of a conversion on a Ray cluster: the one file of this package that knows Ray."""
 
+import os
+import secrets
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 
-from data_prep.parallel import OrderedMap, Result, Task, drawn_ahead
+from data_prep.parallel import OrderedMap, Result, Task, default_workers, drawn_ahead
 
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"
+CONNECT_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes
 
 
 @contextmanager
@@ -25,20 +29,27 @@ def ray_cluster(address: str) -> Iterator[OrderedMap]:
     Raises:
         ValueError: there is no cluster at the address, or (while mapping) it was lost.
     """
-    package = Path(__file__).parent
+    address = os.environ.get("RAY_ADDRESS", AUTO) if address == AUTO else address
+    _refuse_silent(address)
+    options: dict[str, object] = {}
+    if address == LOCAL:
+        # Ray's control port listens on every interface.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        options = {"num_cpus": default_workers(), "include_dashboard": False}
     try:
         ray.init(
             address=address,
-            runtime_env={"py_modules": [str(package)]},
-            include_dashboard=False if address == LOCAL else None,
+            runtime_env={"py_modules": [str(Path(__file__).parent)]},
             log_to_driver=False,
             logging_level="error",
+            **options,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises all kinds, and plain Exception when it cannot start
         why = str(error).partition("\n")[0]
         raise ValueError(
-            f"no Ray cluster answers at {address!r} ({why}); start one with ray start --head, or "
-            f"take --ray {LOCAL}"
+            f"no Ray cluster at {address!r} ({why}); start one with ray start --head, or take "
+            f"--ray {LOCAL}"
         ) from None
 
     def ordered(function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
@@ -55,3 +66,13 @@ def ray_cluster(address: str) -> Iterator[OrderedMap]:
         raise ValueError(f"the Ray cluster failed: {why}; run the same command again") from None
     finally:
         ray.shutdown()
+
+
+def _refuse_silent(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no Ray cluster answers at {address!r}: {error}") from None

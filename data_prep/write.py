@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def write_shard(task: Task) -> WrittenShard:
         return finished
     with task.output.new_file(f"{task.name}.tar", STATE) as path:
         shard = _write_tar(task, path)
-    task.output.write(result, json.dumps(asdict(shard)).encode())
+    task.output.write(result, json.dumps(vars(shard)).encode())
     return shard
 
 

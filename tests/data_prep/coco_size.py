@@ -14,11 +14,13 @@ import argparse
 import io
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -140,23 +142,46 @@ def annotation(rng: np.random.Generator, image: dict, number: int) -> dict:
     }
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Run a command: wall-clock seconds, and peak memory of all its processes in GiB (PSS)."""
+@dataclass(frozen=True)
+class Measured:
+    """Wall-clock seconds, CPU seconds of all processes, their peak memory in GiB (PSS)."""
+
+    seconds: float
+    cpu: float
+    peak: float
+
+
+def measured(command: list[str]) -> Measured:
+    """Run a command to its end."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        total = 0
         try:
-            for one in (process, *process.children(recursive=True)):
-                total += one.memory_full_info().pss
-        except psutil.Error:  # it ended meanwhile
+            family = [process.pid, *(child.pid for child in process.children(recursive=True))]
+            peak = max(peak, sum(map(proportional_set_size, family)))
+        except (psutil.Error, OSError):  # one of them ended meanwhile
             continue
-        peak = max(peak, total)
-        time.sleep(0.1)
+        time.sleep(0.25)
     if process.returncode:
         raise SystemExit(f"status {process.returncode}: {' '.join(command)}")
-    return time.perf_counter() - start, peak / 2**30
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(seconds, cpu, peak / 2**30)
+
+
+def proportional_set_size(process: int) -> int:
+    """Bytes of a process, memory that it shares counted in parts; its mapped files too."""
+    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise ProcessLookupError(process)
+
+
+def rounded(values: list[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in sorted(values))
 
 
 def main() -> None:
@@ -186,15 +211,19 @@ def main() -> None:
     ]
     for i in range(options.rounds):
         for name, command in (("tar", tar), ("convert", convert)):
-            seconds, peak = measured(command)
-            times[name].append(seconds)
-            print(f"round {i + 1}: {name} {seconds:.1f} s, peak {peak:.2f} GiB", flush=True)
+            result = measured(command)
+            times[name].append(result.seconds)
+            print(
+                f"round {i + 1}: {name} {result.seconds:.1f} s, {result.cpu:.1f} s of CPU, peak "
+                f"{result.peak:.2f} GiB",
+                flush=True,
+            )
             copy.unlink(missing_ok=True)
             shutil.rmtree(shards, ignore_errors=True)
     for name, values in times.items():
-        print(f"{name}: median {statistics.median(values):.1f} s of {sorted(values)}")
+        print(f"{name}: median {statistics.median(values):.1f} s of {rounded(values)}")
     ratios = [b / a for a, b in zip(times["tar"], times["convert"], strict=True)]
-    print(f"convert / tar: median {statistics.median(ratios):.2f} of {sorted(ratios)}")
+    print(f"convert / tar: median {statistics.median(ratios):.2f} of {rounded(ratios)}")
 
 
 if __name__ == "__main__":
