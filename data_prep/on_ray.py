@@ -3,11 +3,10 @@
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import ray
 
 from data_prep.parallel import OrderedMap, Result, Task, default_workers, drawn_ahead
 
@@ -33,10 +32,13 @@ def ray_cluster(address: str) -> Iterator[OrderedMap]:
     _refuse_silent(address)
     options: dict[str, object] = {}
     if address == LOCAL:
-        # Ray's control port listens on every interface.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options = {"num_cpus": default_workers(), "include_dashboard": False}
+        if "ray" not in sys.modules:
+            # Ray's control port listens on every interface. It reads this when it is imported.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
     try:
         ray.init(
             address=address,
