@@ -23,6 +23,7 @@ from data_prep.checks import BOX_TOLERANCE, Problem, annotation_problems, non_fi
 from data_prep.parallel import OrderedMap
 from data_prep.records import Span, Task, each_chunk, short
 from data_prep.shards import join_record, record_length
+from data_prep.storage import Location
 
 _LARGEST_ID = 2**63 - 1
 _NO_ID = -(2**63)  # in a column of ids: the record has none
@@ -63,7 +64,7 @@ class CocoFile:
     seen before. `problems` are those of the file by itself: ids that are taken or lead nowhere.
     """
 
-    path: Path
+    origin: str
     data: Any
     sha256: str
     keys: list[str]
@@ -105,22 +106,24 @@ class CocoFile:
         return lengths
 
 
-def read_coco(path: Path, ordered: OrderedMap = map) -> CocoFile:
+def read_coco(path: Path, ordered: OrderedMap = map, origin: Location = "") -> CocoFile:
     """Read and index an annotation file.
 
     Args:
         path: a local file; it must not change before it is closed.
         ordered: spreads the parsing, see `data_prep.parallel`.
+        origin: where the user has the file, for messages; `path` if it is not given.
 
     Raises:
         ValueError: the file is missing, not JSON, or not in COCO's format.
     """
+    origin = str(origin) or str(path)
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
-        raise ValueError(f"cannot read annotation file {path}: {error.strerror}") from None
+        raise ValueError(f"cannot read annotation file {origin}: {error.strerror}") from None
     digest = hashlib.sha256()
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
@@ -129,15 +132,15 @@ def read_coco(path: Path, ordered: OrderedMap = map) -> CocoFile:
             digest.update(block)
             decoder.decode(block, final=start + _BLOCK >= len(data))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON in UTF-8: {error}") from None
-    reader = _Reader(path, data, ordered)
+        raise ValueError(f"{origin} is not JSON in UTF-8: {error}") from None
+    reader = _Reader(path, origin, data, ordered)
     try:
         reader.read()
     except json.JSONDecodeError as error:
         where = json.JSONDecodeError(error.msg, data[:].decode("latin-1"), error.pos)
-        raise ValueError(f"{path} is not valid JSON: {where}") from None
+        raise ValueError(f"{origin} is not valid JSON: {where}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not in COCO format: it is nested too deeply") from None
+        raise ValueError(f"{origin} is not in COCO format: it is nested too deeply") from None
     return reader.finish(digest.hexdigest())
 
 
@@ -170,8 +173,9 @@ def category_ids(categories: Any, origin: str) -> list[int]:
 class _Reader:
     """One pass over the bytes of an annotation file."""
 
-    def __init__(self, path: Path, data: Any, ordered: OrderedMap) -> None:
+    def __init__(self, path: Path, origin: str, data: Any, ordered: OrderedMap) -> None:
         self.path = path
+        self.origin = origin
         self.data = data
         self.ordered = ordered
         self.header: dict[str, Any] = {}
@@ -232,8 +236,8 @@ class _Reader:
         if missing:
             raise self._not_coco(f"it has no {' and no '.join(missing)}")
         if not self.images:
-            raise ValueError(f"{self.path} lists no images; there is nothing to convert")
-        categories = category_ids(self.header["categories"], str(self.path))
+            raise ValueError(f"{self.origin} lists no images; there is nothing to convert")
+        categories = category_ids(self.header["categories"], self.origin)
         seen: set[int] = set()
         images: list[ImageRecord] = []
         repeated: list[ImageRecord] = []
@@ -262,7 +266,7 @@ class _Reader:
             inside &= (rows["box"][:, 2:] <= sizes[image_of] + BOX_TOLERANCE).all(1)
         rows["suspect"] |= ~inside | ~np.isin(rows["category_id"], categories)
         return CocoFile(
-            path=self.path,
+            origin=self.origin,
             data=self.data,
             sha256=digest,
             keys=self.keys,
@@ -360,7 +364,7 @@ class _Reader:
         return position + 1
 
     def _not_coco(self, why: str) -> ValueError:
-        return ValueError(f"{self.path} is not in COCO format: {why}")
+        return ValueError(f"{self.origin} is not in COCO format: {why}")
 
 
 def _image_row(record: dict[str, Any], span: Span) -> ImageRecord:

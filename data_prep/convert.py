@@ -9,8 +9,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -82,9 +83,8 @@ def convert(
         if not folder.everywhere and (workers > 1 or ray is not None):
             raise ValueError(f"{folder} is seen by one process only: use --workers 1, no --ray")
     finished = _is_finished(target)
-    file_folder, file_name = file_at(annotations)
-    with file_folder.local_copy(file_name) as path, worker_processes(workers) as ordered:
-        coco = read_coco(path, ordered)
+    with _local_file(annotations) as path, worker_processes(workers) as ordered:
+        coco = read_coco(path, ordered, annotations)
         sizes = source.sizes([image.file_name for image in coco.images])
         problems = _problems_before(coco, sizes, source)
         identity = {
@@ -139,7 +139,7 @@ def _problems_before(coco: CocoFile, sizes: list[int | None], images: Folder) ->
     absent = [image for image, size in zip(coco.images, sizes, strict=True) if size is None]
     if len(absent) == len(coco.images):
         raise ValueError(
-            f"none of the {len(absent)} images of {coco.path} is in {images} "
+            f"none of the {len(absent)} images of {coco.origin} is in {images} "
             f"(the first would be {absent[0].file_name!r}); is --images the right folder?"
         )
     problems += [
@@ -147,6 +147,17 @@ def _problems_before(coco: CocoFile, sizes: list[int | None], images: Folder) ->
         for image in absent
     ]
     return problems
+
+
+@contextmanager
+def _local_file(annotations: Location) -> Iterator[Path]:
+    folder, name = file_at(annotations)
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(folder.local_copy(name))
+        except FileNotFoundError:
+            raise ValueError(f"cannot read annotation file {annotations}: no such file") from None
+        yield path
 
 
 @contextmanager
@@ -244,7 +255,7 @@ def _write_shards(
     output: Folder,
     ordered: OrderedMap,
 ) -> list[WrittenShard]:
-    categories = frozenset(category_ids(coco.header["categories"], str(coco.path)))
+    categories = frozenset(category_ids(coco.header["categories"], coco.origin))
     tasks = shard_tasks(coco, sizes, plan, images, output, categories)
     shards: list[WrittenShard] = []
     total = sum(len(members) for members in plan)

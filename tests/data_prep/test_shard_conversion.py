@@ -1,5 +1,6 @@
 import fcntl
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from PIL import Image
 from data_prep.checks import TruncatedImage, decode_image, read_image_header
 from data_prep.convert import convert
 from data_prep.manifest import COLUMNS, read_manifest
+from data_prep.verify import verify
 
 ROOT = Path(__file__).parents[2]
 
@@ -271,7 +273,7 @@ def test_image_formats_keep_their_extension(small, encoded):
 
 
 def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out(small):
-    content = small(12)
+    content = small(19)
     jpeg = (small.images / "2.jpg").read_bytes()
     (small.images / "0.jpg").unlink()
     (small.images / "1.jpg").write_bytes(b"")
@@ -287,6 +289,13 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
     rows[9]["bbox"] = None
     rows[10]["category_id"] = 4
     rows[11]["id"] = rows[10]["id"]
+    rows[12]["bbox"] = [20, 20, -5, 5]
+    rows[13]["segmentation"] = [[1, 2, float("nan"), 4, 5, 6]]
+    rows[14]["bbox"] = [-3, 1, 10, 5]
+    content["images"][15]["width"] = float("nan")
+    content["images"][16]["height"] = -30
+    content["images"][17]["width"] = "40"
+    content["images"][18]["exposure"] = float("-inf")
     rows.append(rows[5] | {"id": 200, "image_id": 999})
     rows.append(rows[5] | {"id": None})
     rows.append(rows[5] | {"id": 201, "area": float("inf"), "bbox": [35, 25, 5.9, 5.9]})
@@ -306,6 +315,13 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
         ("box outside image", 18, 108),
         ("no box", 19, 109),
         ("unknown category", 20, 110),
+        ("degenerate box", 22, 112),
+        ("non-finite number", 23, 113),
+        ("box outside image", 24, 114),
+        ("size mismatch", 25, None),
+        ("size mismatch", 26, None),
+        ("size mismatch", 27, None),
+        ("non-finite number", 28, None),
         ("duplicate annotation id", 21, 110),
         ("annotation without image", None, 200),
         ("invalid annotation id", 15, None),
@@ -316,12 +332,43 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
     assert "not an image" in details[13]
     assert "turned" in details[14]
     manifest = read_manifest(small.output)
-    assert sorted(manifest.samples["id"]) == [15, 16, 17, 18, 19, 20, 21]
-    assert [q["image_id"] for q in manifest.quarantined] == [11, 13, 15, 10, 60, 14, 12]
-    assert manifest.num_annotations == 9
+    assert sorted(manifest.samples["id"]) == [15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 28]
+    assert [q["image_id"] for q in manifest.quarantined] == [11, 13, 15, 10, 60, 14, 25, 26, 27, 12]
+    assert manifest.num_annotations == 13
     report = json.loads((small.output / "report.json").read_text())
     assert len(report["problems"]) == len(result.problems)
     assert report["counts"]["corrupt image"] == 2
+    assert {"kind", "image_id", "annotation_id", "detail"} == set(report["problems"][0])
+    # Verifying finds what is in the shards again, and says what is not.
+    again = {(p.kind, p.image_id, p.annotation_id) for p in verify(small.output)}
+    left_out = {("image left out", q["image_id"], None) for q in manifest.quarantined}
+    reasons = {"missing image", "corrupt image", "truncated image", "size mismatch"}
+    assert again == left_out | {row for row in found if row[0] not in reasons} - {
+        ("duplicate image id", 15, None)
+    }
+
+
+def test_the_two_faulty_annotations_of_train2017_are_reported(small):
+    """As published; see tests/data_prep/coco_size.py."""
+    spec = importlib.util.spec_from_file_location(
+        "coco_size", ROOT / "tests/data_prep/coco_size.py"
+    )
+    coco_size = importlib.util.module_from_spec(spec)
+    sys.modules["coco_size"] = coco_size
+    spec.loader.exec_module(coco_size)
+    content = small(2)
+    pool = coco_size.pictures(60)
+    for i, row in enumerate(coco_size.FAULTY):
+        data, width, height = pool[i]
+        (small.images / f"{i}.jpg").write_bytes(data)
+        size = {"width": width, "height": height, "id": row["image_id"]}
+        content["images"][i] |= size
+    content["annotations"] = list(coco_size.FAULTY)
+    content["categories"] = [{"id": i, "name": str(i)} for i in coco_size.CATEGORIES]
+    small.save(content)
+    expected = {("degenerate box", 200365, 918), ("degenerate box", 550395, 2206849)}
+    for problems in (convert(*small.arguments).problems, verify(small.output)):
+        assert {(p.kind, p.image_id, p.annotation_id) for p in problems} == expected
 
 
 def test_strict_fails_and_without_it_the_work_is_kept(small):
