@@ -75,6 +75,7 @@ class CocoFile:
     problems: list[Problem]
     _annotations: NDArray[Any]  # of _FIELDS, those of an image together, images in order
     _first: NDArray[np.int64]  # [images + 1] where in it those of an image begin
+    _suspects: frozenset[int]  # images with an annotation that something may be wrong with
 
     def annotation_count(self, image: int) -> int:
         """Annotations of `images[image]`."""
@@ -83,14 +84,13 @@ class CocoFile:
     def is_suspect(self, image: int) -> bool:
         """Whether something may be wrong with the records of `images[image]`."""
         record = self.images[image]
-        own = self._annotations[self._first[image] : self._first[image + 1]]
         unknown_size = record.width is None or record.height is None
-        return record.suspect or unknown_size or bool(own["suspect"].any())
+        return record.suspect or unknown_size or image in self._suspects
 
     def sample_json(self, image: int) -> bytes:
         """The `KEY.json` of an image: {"image": record, "annotations": [records]}, UTF-8."""
-        own = self._annotations[self._first[image] : self._first[image + 1]]
-        rows = (self.data[start:end] for start, end in zip(own["start"], own["end"], strict=True))
+        own = self._annotations[["start", "end"]][self._first[image] : self._first[image + 1]]
+        rows = (self.data[start:end] for start, end in own.tolist())
         return join_record(self.data[slice(*self.images[image].span)], rows)
 
     def sample_lengths(self) -> NDArray[np.int64]:
@@ -264,7 +264,7 @@ class _Reader:
         with np.errstate(invalid="ignore"):
             inside = (rows["box"][:, :2] >= -BOX_TOLERANCE).all(1)
             inside &= (rows["box"][:, 2:] <= sizes[image_of] + BOX_TOLERANCE).all(1)
-        rows["suspect"] |= ~inside | ~np.isin(rows["category_id"], categories)
+        suspect = rows["suspect"] | ~inside | ~np.isin(rows["category_id"], categories)
         return CocoFile(
             origin=self.origin,
             data=self.data,
@@ -277,6 +277,7 @@ class _Reader:
             problems=problems,
             _annotations=rows,
             _first=np.searchsorted(image_of, np.arange(len(images) + 1)),
+            _suspects=frozenset(image_of[suspect].tolist()),
         )
 
     def _id_problems(self) -> list[Problem]:

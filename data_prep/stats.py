@@ -18,6 +18,7 @@ from data_prep.storage import Location, folder_at
 SMALL, LARGE = 32**2, 96**2
 ASPECTS = (0.25, 0.5, 0.8, 1.25, 2.0, 4.0)  # edges of the classes of width / height
 MOST_BARS = 40  # classes in the plot
+BAR = 24  # characters
 
 
 @dataclass
@@ -83,7 +84,10 @@ def collect(shards: Location) -> Statistics:
 def tables(stats: Statistics) -> str:
     """The statistics as plain-text tables."""
     total = len(stats.areas)
-    classes: list[tuple[object, ...]] = [("class", "id", "objects", "share", "images", "crowds")]
+    most = max(stats.objects.values(), default=0)
+    classes: list[tuple[object, ...]] = [
+        ("class", "id", "objects", "share", "images", "crowds", _bar(0, 0))
+    ]
     for number, name in sorted(stats.names.items(), key=lambda item: -stats.objects[item[0]]):
         count = stats.objects[number]
         classes.append(
@@ -94,22 +98,24 @@ def tables(stats: Statistics) -> str:
                 _share(count, total),
                 stats.images[number],
                 stats.crowds[number],
+                _bar(count, most),
             )
         )
     areas = np.array(stats.areas)
     small, large = int((areas < SMALL).sum()), int((areas >= LARGE).sum())
-    sizes: list[tuple[object, ...]] = [("size (area)", "objects", "share")]
+    sizes: list[tuple[object, ...]] = [("size (area)", "objects", "share", _bar(0, 0))]
     for name, count in (
         ("small  < 32x32", small),
         ("medium", total - small - large),
         ("large >= 96x96", large),
     ):
-        sizes.append((name, count, _share(count, total)))
+        sizes.append((name, count, _share(count, total), _bar(count, total)))
     edges = (0.0, *ASPECTS, np.inf)
-    aspects: list[tuple[object, ...]] = [("width / height", "objects", "share")]
+    aspects: list[tuple[object, ...]] = [("width / height", "objects", "share", _bar(0, 0))]
     counts = np.histogram(np.array(stats.aspects), edges)[0]
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        aspects.append((f"{low:g} to {high:g}", int(count), _share(int(count), total)))
+        share, bar = _share(int(count), total), _bar(int(count), total)
+        aspects.append((f"{low:g} to {high:g}", int(count), share, bar))
     images: list[tuple[object, ...]] = [("images", "least", "median", "mean", "most")]
     for name, values in (
         ("objects an image", stats.per_image),
@@ -175,10 +181,16 @@ def _share(count: int, total: int) -> str:
     return f"{100 * count / total:.1f}%" if total else "-"
 
 
+def _bar(count: int, full: int) -> str:
+    """A bar of a histogram, always of the same width; full at `full`."""
+    return ("█" * round(BAR * count / full) if full else "").ljust(BAR)
+
+
 def _table(rows: Iterable[tuple[object, ...]]) -> str:
     """Rows of cells as aligned text: the first column to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in cells
     )

@@ -67,6 +67,15 @@ def test_strict_and_damage_at_the_command_line(small, command):
     assert result.returncode == 0
     assert "missing image      1  image 10" in result.stdout
     assert "3 images with 3 annotations in 1 shards; 1 images left out" in result.stdout
+    result = command("verify", small.output, "--output", small.output / "v" / "report.json")
+    assert result.returncode == 0
+    assert "image left out      1  image 10" in result.stdout
+    report = json.loads((small.output / "v" / "report.json").read_text())
+    assert report["counts"] == {"image left out": 1}
+    assert report["problems"][0]["image_id"] == 10
+    result = command("verify", small.output, "--strict")
+    assert result.returncode == 2
+    assert "--strict: 1 findings" in result.stderr
     shard = small.output / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     result = command("verify", small.output)

@@ -195,6 +195,31 @@ def test_killed_and_run_again_gives_the_same_bytes(drawn, shards, tmp_path):
     assert all((output / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
 
 
+def test_killed_with_its_workers_at_work_and_run_again_gives_the_same_bytes(drawn, tmp_path):
+    """Killed from outside as soon as a shard is finished, twice; each time by other workers."""
+    images, annotations, output = arguments(drawn, tmp_path / "killed")
+    convert(images, annotations, tmp_path / "whole", samples_per_shard=2)
+    for kill, workers in enumerate((2, 3), start=1):
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "data_prep", "convert", "--images", images),
+                *("--annotations", annotations, "--output", output),
+                *("--samples-per-shard", "2", "--workers", str(workers)),
+            ],
+            cwd=ROOT,
+        )
+        while len(list(output.glob(".convert/shard-*.json"))) < 5 * kill:
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert not (output / "manifest.json").exists()
+    # What a power cut may leave: a shard of the right size without its content.
+    kept = sorted(output.glob("shard-*.tar"))
+    kept[0].write_bytes(bytes(kept[0].stat().st_size))
+    convert(images, annotations, output, samples_per_shard=2, workers=2)
+    assert contents(output) == contents(tmp_path / "whole")
+
+
 def test_workers_end_with_a_killed_parent(tmp_path):
     """Or they would write into the shards of the run that continues."""
     code = (
