@@ -207,7 +207,7 @@ class _Reader:
                 raise self._not_coco(f"the key {short(key)} is there twice")
             self.keys.append(key)
             if key == "images":
-                chunks, position = self._list(key, position, _image_row, list)
+                chunks, position = self._list(key, position, _image_row, list, False)
                 self.images = [
                     image
                     if image.file_name is not None
@@ -215,7 +215,7 @@ class _Reader:
                     for image in chain.from_iterable(chunks)
                 ]
             elif key == "annotations":
-                chunks, position = self._list(key, position, _annotation_row, _packed)
+                chunks, position = self._list(key, position, _annotation_row, _packed, True)
                 self.annotations = np.concatenate([self.annotations, *chunks])
             else:
                 self.header[key], position = self._value(position)
@@ -305,6 +305,7 @@ class _Reader:
         position: int,
         read: Callable[[dict[str, Any], Span], Any],
         pack: Callable[[list[Any]], Any],
+        skip_lists: bool,
     ) -> tuple[list[Any], int]:
         """What `pack` made of the rows of a list, and the position behind it."""
         position = self._skip(position)
@@ -316,7 +317,7 @@ class _Reader:
         packed: list[Any] = []
         end: int | None = None
         try:
-            first = Task(self.path, position, len(self.data), read, pack)
+            first = Task(self.path, position, len(self.data), read, pack, skip_lists)
             for found, end in each_chunk(first, self.data, self.ordered):  # noqa: B007
                 packed.append(found)
         except json.JSONDecodeError:

@@ -23,6 +23,9 @@ CHUNK = 8 * 2**20  # bytes
 _GAP = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*\{")
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
+# A list of at least five plain numbers, as JSON writes them, and none of them infinite.
+_NUMBER = r"-?+(?:0|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,18}+)?+"
+_LONG_LIST = re.compile(rf"\[(?:{_NUMBER}, ?+){{4,}}+{_NUMBER}\]")
 
 Row = TypeVar("Row")
 Found = TypeVar("Found")
@@ -40,7 +43,9 @@ class Task(Generic[Row, Found]):
     """Bytes `start` to `end` of a file, and what to make of the records in them.
 
     `read` makes a row of a record and raises ValueError if it is no record of this list; `pack`
-    makes something small to send of the rows. Both must be picklable.
+    makes something small to send of the rows. Both must be picklable. With `skip_lists`, long
+    lists of numbers (polygons, keypoints) are only checked to be that, and `read` sees empty
+    ones, in strings too: most of an annotation file is coordinates.
     """
 
     path: Path
@@ -48,6 +53,7 @@ class Task(Generic[Row, Found]):
     end: int
     read: Callable[[dict[str, Any], Span], Row]
     pack: Callable[[list[Row]], Found]
+    skip_lists: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,8 @@ def index_chunk(task: Task[Row, Found]) -> Chunk[Found]:
     """Read the records that begin at `task.start`, as far as the bytes go."""
     with task.path.open("rb") as file:
         text = os.pread(file.fileno(), task.end - task.start, task.start).decode("latin-1")
+    if task.skip_lists:
+        text = _LONG_LIST.sub(_emptied, text)
     rows: list[Row] = []
     position = 0
     error: Exception | None = None
@@ -138,6 +146,11 @@ def index_chunk(task: Task[Row, Found]) -> Chunk[Found]:
             return Chunk(task.pack(rows), None, task.start + after + 1, None)
         position = blank(text, after + 1)
     return Chunk(task.pack(rows), task.start + position, task.end, error)
+
+
+def _emptied(match: re.Match[str]) -> str:
+    """An empty list of the same length, so that positions stay."""
+    return f"[{' ' * (match.end() - match.start() - 2)}]"
 
 
 def blank(text: str, position: int) -> int:

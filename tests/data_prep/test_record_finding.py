@@ -33,6 +33,8 @@ def hostile(count, seed):
             "category_id": 1,
             "bbox": [1, 2, 3, 4],
             "x": [{"a": text()}, {"b": [{}, {"c": text()}]}] * source.randrange(4),
+            "segmentation": [[round(source.uniform(-9, 99), 2) for _ in range(8)], [1, -0, 3]],
+            "[1, 2, 3, 4, 5, 6]": "[1,2,3,4,5,6]",
         }
         for i in range(4 * count)
     ]
@@ -108,6 +110,21 @@ def test_damage_is_found_at_any_size_of_chunks(tmp_path_factory, seed, chunk):
             json.loads(text)
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        "01, 2, 3, 4, 5, 6", "1., 2, 3, 4, 5, 6", "1, 2, 3, 4, 5, .6", "1, 2,, 3, 4, 5, 6",
+        "1, 2, 3, 4, 5, 6,", "1, 2, 3, 4 5, 6, 7, 8", "1, 2, --3, 4, 5, 6", "1.2.3, 4, 5, 6, 7, 8",
+        ", 1, 2, 3, 4, 5, 6", "+1, 2, 3, 4, 5, 6", "1, 2, 3, 4, 5, 6-", "1, 2, 3, 4, 5, 6e",
+    ],
+)  # fmt: skip
+def test_long_lists_must_be_json_though_they_are_skipped(tmp_path, numbers):
+    path = tmp_path / "a.json"
+    path.write_text(f'{{"annotations": [{{"id": 1, "segmentation": [[{numbers}]]}}]}}')
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        read_coco(path)
+
+
 def test_suspects_are_those_with_a_problem(tmp_path):
     """The arithmetic on columns agrees with the look at each record."""
     source = random.Random(0)
@@ -115,11 +132,15 @@ def test_suspects_are_those_with_a_problem(tmp_path):
     odd = (-5, -1.5, -0.5, 0, 3, 10, 39, 41.5, 1e308, 10**400, None, "1", True, float("inf"))
     rows = []
     for i in range(200):
-        box = [source.choice((1, 2, 5, *odd[:6])) for _ in range(4)]
+        box = [source.choice((1, 2, 5, 5, 5, 5, 10)) for _ in range(4)]
         if i % 3 == 0:
             box[source.randrange(4)] = source.choice(odd)
-        category = source.choice((1, 1, 1, 1, 2, True, "1", None))
-        rows.append({"id": i, "image_id": i, "category_id": category, "bbox": box})
+        category = source.choice((1, 1, 1, 1, 1, 2, True, "1", None))
+        polygon = [source.uniform(0, 9) for _ in range(6)]
+        if i % 4 == 0:
+            polygon[source.randrange(6)] = source.choice((1, 2, 0.5, 1e9, *odd[-6:]))
+        rest = {"bbox": box, "segmentation": [polygon]}
+        rows.append({"id": i, "image_id": i, "category_id": category, **rest})
     path = tmp_path / "a.json"
     content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]}
     path.write_text(json.dumps(content))
