@@ -6,6 +6,7 @@ import functools
 import io
 import sys
 from collections.abc import Callable
+from itertools import dropwhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,9 +96,12 @@ def convert(
     if result.problems:
         print(summary_table(result.problems))
         print(f"details: {output}/{REPORT}")
+    # Shards of earlier versions do not know how many annotations were left out.
+    lost = sum(row.get("annotations", 0) for row in manifest.quarantined)
     print(
         f"{output}: {manifest.num_images} images with {manifest.num_annotations} annotations in "
-        f"{len(manifest.shards)} shards; {len(manifest.quarantined)} images left out"
+        f"{len(manifest.shards)} shards; left out: {len(manifest.quarantined)} images with {lost} "
+        "annotations"
     )
     print(f"digest {manifest.digest}")
 
@@ -216,14 +220,20 @@ def parse() -> Callable[[], None]:
 
 def _one_line(panel: str) -> str:
     """tyro's framed message as one line: what is wrong, and the option it might have meant."""
+    # Where the terminal has no line characters, the frame is a rule of hyphens below the title.
     rows = [line.strip("│╭╰╮╯ ") for line in panel.splitlines()][1:]
-    rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
+    rows = list(dropwhile(_is_rule, rows))
+    rule = next((i for i, row in enumerate(rows) if _is_rule(row)), len(rows))
     missing = [row.split()[0] for row in rows[:rule] if row.startswith("--")]
-    nearest = [row.split()[0] for row in rows[rule:] if row.startswith("--")]
+    nearest = [row.split()[0] for row in rows[rule:] if row.startswith("--") and not _is_rule(row)]
     message = " ".join(row for row in rows[:rule] if row and not row.startswith("--"))
     if missing:
         message = f"{rows[0]} {', '.join(missing)}"
     return f"{message}; did you mean {nearest[0]}?" if nearest else message
+
+
+def _is_rule(row: str) -> bool:
+    return len(row) > 2 and set(row) <= {"─", "-"}
 
 
 def main() -> None:

@@ -274,6 +274,17 @@ def _manifest(
         name: [value for shard in shards for value in shard.columns[name]]
         for name in shards[0].columns
     }
+    own = {image.id: coco.annotation_count(i) for i, image in enumerate(coco.images)}
+    # A repeated record has none: they belong to the first of its id.
+    left_out = [
+        {
+            "image_id": p.image_id,
+            "annotations": 0 if p.kind == "duplicate image id" else own[p.image_id],
+            "reason": f"{p.kind}: {p.detail}",
+        }
+        for p in problems
+        if p.kind in QUARANTINE and p.image_id is not None
+    ]
     return Manifest(
         digest=data_digest(coco.header, [shard.sha256 for shard in shards]),
         header=coco.header,
@@ -281,11 +292,7 @@ def _manifest(
         categories=coco.header["categories"],
         num_images=len(numbers),
         num_annotations=sum(samples["annotations"]),
-        quarantined=[
-            {"image_id": p.image_id, "reason": f"{p.kind}: {p.detail}"}
-            for p in problems
-            if p.kind in QUARANTINE
-        ],
+        quarantined=left_out,
         orphan_annotations=coco.orphans,
         source=source,
         shards=[

@@ -85,6 +85,8 @@ def each_chunk(
         ValueError: a value in it cannot be read, or `read` refused a record.
         RecursionError: nested too deeply.
     """
+    if first.end - first.start <= CHUNK:
+        ordered = map  # not worth a process
     position, enough = first.start, 0
     for chunk, task in ordered(_index_with_task, _chunks(first, data)):
         if task.start != position:

@@ -137,6 +137,7 @@ def tables(stats: Statistics) -> str:
 def save_plots(stats: Statistics, folder: Path) -> list[Path]:
     """Write classes.png, sizes.png and images.png into `folder`; returns their paths."""
     from matplotlib.figure import Figure  # takes half a second, and only plots need it
+    from matplotlib.ticker import MaxNLocator
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("classes.png", "sizes.png", "images.png")]
@@ -151,6 +152,8 @@ def save_plots(stats: Statistics, folder: Path) -> list[Path]:
     labels = [stats.names[n].replace("$", r"\$")[:30] for n in ranked]
     axes.set_xticks(positions, labels, rotation=90 if len(ranked) > 8 else 0)
     axes.set_ylabel("count")
+    if len(ranked) < len(stats.names):
+        axes.set_title(f"the {len(ranked)} most frequent of {len(stats.names)} classes")
     axes.margins(y=0.2)
     axes.legend()
     figure.savefig(paths[0], dpi=120)
@@ -171,6 +174,7 @@ def save_plots(stats: Statistics, folder: Path) -> list[Path]:
     left, right = figure.subplots(1, 2)
     left.hist(stats.per_image, bins=np.arange(max(stats.per_image) + 2) - 0.5)
     left.set(xlabel="objects an image", ylabel="images")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.plot(stats.widths, stats.heights, ".", alpha=0.3)
     right.set(xlabel="image width (pixels)", ylabel="image height (pixels)")
     figure.savefig(paths[2], dpi=120)
@@ -183,7 +187,7 @@ def _share(count: int, total: int) -> str:
 
 def _bar(count: int, full: int) -> str:
     """A bar of a histogram, always of the same width; full at `full`."""
-    return ("█" * round(BAR * count / full) if full else "").ljust(BAR)
+    return ("#" * round(BAR * count / full) if full else "").ljust(BAR)
 
 
 def _table(rows: Iterable[tuple[object, ...]]) -> str:

@@ -149,7 +149,8 @@ class RemoteFolder:
             found = self._tried("", lambda system, path: system.ls(path, detail=False))
         except FileNotFoundError:
             return None
-        return {path.rstrip("/").rpartition("/")[2] for path in found} or None
+        paths = {path.rstrip("/") for path in found} - {self._opened[1]}  # S3 may list itself
+        return {path.rpartition("/")[2] for path in paths} or None
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         listed: dict[str, Any] = {}

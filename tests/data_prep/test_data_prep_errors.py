@@ -26,6 +26,11 @@ def test_a_misspelled_command_and_option_fail(command):
     assert "--output" in result.stderr
 
 
+def test_a_misspelled_option_is_one_line_without_line_characters_too(command, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    fails(command("stats", "x", "--outptu", "y"), "--output")
+
+
 def fails(result, message):
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
@@ -66,7 +71,10 @@ def test_strict_and_damage_at_the_command_line(small, command):
     result = run_convert(command, small)
     assert result.returncode == 0
     assert "missing image      1  image 10" in result.stdout
-    assert "3 images with 3 annotations in 1 shards; 1 images left out" in result.stdout
+    assert (
+        "3 images with 3 annotations in 1 shards; left out: 1 images with 1 annotations"
+        in result.stdout
+    )
     result = command("verify", small.output, "--output", small.output / "v" / "report.json")
     assert result.returncode == 0
     assert "image left out      1  image 10" in result.stdout

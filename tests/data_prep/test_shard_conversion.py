@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -360,6 +361,10 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
     assert sorted(manifest.samples["id"]) == [15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 28]
     assert [q["image_id"] for q in manifest.quarantined] == [11, 13, 15, 10, 60, 14, 25, 26, 27, 12]
     assert manifest.num_annotations == 13
+    # Every annotation is in a shard, left out with its image, or an orphan.
+    lost = sum(q["annotations"] for q in manifest.quarantined)
+    orphans = len(manifest.orphan_annotations)
+    assert manifest.num_annotations + lost + orphans == len(content["annotations"])
     report = json.loads((small.output / "report.json").read_text())
     assert len(report["problems"]) == len(result.problems)
     assert report["counts"]["corrupt image"] == 2
@@ -373,8 +378,41 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
     }
 
 
+def script(name):
+    """A file beside this one that is no test, as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_measurement_at_cocos_size_works_at_a_small_one(tmp_path):
+    folder = tmp_path / "input"
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "tests/data_prep/coco_size.py", folder, "--images", "30"),
+            *("--kilobytes", "400", "--rounds", "2"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "30 images, 0.01 GB; annotations 0 MB" in done.stdout
+    assert re.search(r"round 2: convert \d+\.\d s, \d+\.\d s of CPU, peak 0\.\d\d GiB", done.stdout)
+    assert re.search(r"convert / tar: median \d+\.\d+ of (\d+\.\d\d(, )?){2}", done.stdout)
+    assert {path.name for path in folder.iterdir()} == {"images", "pool", "instances.json"}
+    content = json.loads((folder / "instances.json").read_text())
+    assert len(content["images"]) == 30
+    assert len(content["annotations"]) == 30 * 860_001 // 118_287
+    assert {path.stat().st_nlink for path in (folder / "images").iterdir()} == {2}
+
+
 def test_the_two_faulty_annotations_of_train2017_are_reported(small):
     """As published; see tests/data_prep/coco_size.py."""
+    coco_size = script("coco_size")
     spec = importlib.util.spec_from_file_location(
         "coco_size", ROOT / "tests/data_prep/coco_size.py"
     )
@@ -382,7 +420,7 @@ def test_the_two_faulty_annotations_of_train2017_are_reported(small):
     sys.modules["coco_size"] = coco_size
     spec.loader.exec_module(coco_size)
     content = small(2)
-    pool = coco_size.pictures(60)
+    pool = coco_size.pictures(400)
     for i, row in enumerate(coco_size.FAULTY):
         data, width, height = pool[i]
         (small.images / f"{i}.jpg").write_bytes(data)

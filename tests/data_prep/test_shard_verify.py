@@ -169,11 +169,11 @@ def test_statistics_by_hand(small, tmp_path):
     assert sorted(stats.per_image) == [0, 0, 1, 2]
     assert stats.relative == pytest.approx([(200 / 1200) ** 0.5] * 3)
     text = tables(stats)
-    assert [line.count("█") for line in text.splitlines() if line.startswith(("cat", "brush"))] == [
+    assert [line.count("#") for line in text.splitlines() if line.startswith(("cat", "brush"))] == [
         24,
         12,
     ]
-    lines = [line.replace("█", "").split() for line in text.splitlines()]
+    lines = [line.replace("#", "").split() for line in text.splitlines()]
     assert ["brush", "90", "1", "33.3%", "1", "0"] in lines
     assert ["small", "<", "32x32", "1", "33.3%"] in lines
     assert ["medium", "1", "33.3%"] in lines
