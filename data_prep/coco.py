@@ -382,11 +382,13 @@ def _image_row(record: dict[str, Any], span: Span) -> ImageRecord:
 
 
 def _annotation_row(record: dict[str, Any], span: Span) -> _Row:
-    ids = (_id(record.get("id")), _id(record.get("image_id")), _id(record.get("category_id")))
-    for _ in annotation_problems(record):
-        return (*span, *ids), _NO_BOX, True
+    start, end = span
+    number, image, category = map(record.get, ("id", "image_id", "category_id"))
+    numbers = (start, end, _id(number), _id(image), _id(category))
+    if next(annotation_problems(record), None) is not None:
+        return numbers, _NO_BOX, True
     x, y, width, height = record["bbox"]
-    return (*span, *ids), (x, y, x + width, y + height), False
+    return numbers, (x, y, x + width, y + height), False
 
 
 def _packed(rows: list[_Row]) -> NDArray[Any]:

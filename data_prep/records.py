@@ -22,6 +22,7 @@ from data_prep.parallel import OrderedMap
 CHUNK = 8 * 2**20  # bytes
 _GAP = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*\{")
 _BLANK = re.compile(r"[ \t\n\r]*")
+_NEXT = (",", "]")
 _DECODER = json.JSONDecoder()
 # A list of at least five plain numbers, as JSON writes them, and none of them infinite.
 _NUMBER = r"-?+(?:0|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,18}+)?+"
@@ -134,8 +135,8 @@ def index_chunk(task: Task[Row, Found]) -> Chunk[Found]:
             record, end = _DECODER.raw_decode(text, position)
             if not isinstance(record, dict):
                 raise ValueError(f"must hold objects, got {short(record)}")
-            after = blank(text, end)
-            if text[after : after + 1] not in (",", "]"):
+            after = end if text[end : end + 1] in _NEXT else blank(text, end)
+            if text[after : after + 1] not in _NEXT:
                 raise json.JSONDecodeError("Expecting ',' delimiter", "", after)
             rows.append(task.read(record, Span(task.start + position, task.start + end)))
         except json.JSONDecodeError as found:

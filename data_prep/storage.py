@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-
 Location = str | os.PathLike[str]  # a path, or a URL
 Result = TypeVar("Result")
 
@@ -69,7 +67,7 @@ class LocalFolder:
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """A whole file. `size` is what it had when it was listed."""
-        descriptor = os.open(self.path / name, os.O_RDONLY)
+        descriptor = os.open(f"{self.path}/{name}", os.O_RDONLY)
         try:
             parts = [os.read(descriptor, (size or 0) + 1)]
             while parts[-1]:
@@ -119,6 +117,8 @@ class RemoteFolder:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
+        import fsspec  # a tenth of a second in every process, and only URLs need it
+
         try:
             system, root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
