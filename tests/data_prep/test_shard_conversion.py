@@ -392,7 +392,7 @@ def test_the_measurement_at_cocos_size_works_at_a_small_one(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, ROOT / "tests/data_prep/coco_size.py", folder, "--images", "30"),
-            *("--kilobytes", "400", "--rounds", "2"),
+            *("--kilobytes", "400", "--rounds", "2", "--cold"),
         ],
         cwd=ROOT,
         capture_output=True,
