@@ -8,51 +8,34 @@ numbers a record, not a tree of Python objects; every record is parsed once, in 
 import codecs
 import hashlib
 import json
-import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.checks import BOX_TOLERANCE, Problem, annotation_problems, non_finite
+from data_prep.checks import BOX_TOLERANCE, Problem
+from data_prep.columns import (
+    FIELDS,
+    NO_ID,
+    ImageRecord,
+    annotation_row,
+    id_or_none,
+    image_row,
+    is_id,
+    packed,
+    side,
+)
 from data_prep.parallel import OrderedMap
 from data_prep.records import Span, Task, each_chunk, short
 from data_prep.shards import join_record, record_length
 from data_prep.storage import Location
 
-_LARGEST_ID = 2**63 - 1
-_NO_ID = -(2**63)  # in a column of ids: the record has none
 _BLOCK = 16 * 2**20
-
-_NUMBERS = ("start", "end", "id", "image_id", "category_id")
-_NO_BOX = (math.nan,) * 4
-_Row = tuple[tuple[int, ...], tuple[float, ...], bool]  # of _NUMBERS, box, suspect
-_FIELDS = np.dtype(
-    [
-        *((name, np.int64) for name in _NUMBERS),
-        ("box", np.float64, 4),  # x0, y0, x1, y1; NaN where there is none
-        ("suspect", np.bool_),  # something is wrong with it, whatever image and categories are
-    ]
-)
-
-
-class ImageRecord(NamedTuple):
-    """What conversion needs of an image record; width and height as recorded, None if not.
-
-    `suspect` says that something is wrong with the record by itself.
-    """
-
-    id: int
-    file_name: str
-    width: Any
-    height: Any
-    suspect: bool
-    span: Span
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ class CocoFile:
     repeated: list[ImageRecord]
     orphans: list[Any]
     problems: list[Problem]
-    _annotations: NDArray[Any]  # of _FIELDS, those of an image together, images in order
+    _annotations: NDArray[Any]  # of FIELDS, those of an image together, images in order
     _first: NDArray[np.int64]  # [images + 1] where in it those of an image begin
     _suspects: frozenset[int]  # images with an annotation that something may be wrong with
 
@@ -156,7 +139,7 @@ def category_ids(categories: Any, origin: str) -> list[int]:
     for category in categories:
         if not (
             isinstance(category, dict)
-            and _is_id(category.get("id"))
+            and is_id(category.get("id"))
             and isinstance(category.get("name"), str)
         ):
             raise ValueError(
@@ -181,7 +164,7 @@ class _Reader:
         self.header: dict[str, Any] = {}
         self.keys: list[str] = []
         self.images: list[ImageRecord] = []
-        self.annotations = np.zeros(0, _FIELDS)
+        self.annotations = np.zeros(0, FIELDS)
 
     def read(self) -> None:
         mark = len(codecs.BOM_UTF8)
@@ -207,7 +190,7 @@ class _Reader:
                 raise self._not_coco(f"the key {short(key)} is there twice")
             self.keys.append(key)
             if key == "images":
-                chunks, position = self._list(key, position, _image_row, list, False)
+                chunks, position = self._list(key, position, image_row, list, False)
                 self.images = [
                     image
                     if image.file_name is not None
@@ -215,7 +198,7 @@ class _Reader:
                     for image in chain.from_iterable(chunks)
                 ]
             elif key == "annotations":
-                chunks, position = self._list(key, position, _annotation_row, _packed, True)
+                chunks, position = self._list(key, position, annotation_row, packed, True)
                 self.annotations = np.concatenate([self.annotations, *chunks])
             else:
                 self.header[key], position = self._value(position)
@@ -260,7 +243,7 @@ class _Reader:
         rows, image_of = rows[placed], image_of[placed]
         order = np.argsort(image_of, kind="stable")
         rows, image_of = rows[order], image_of[order]
-        sizes = np.array([[_side(image.width), _side(image.height)] for image in images])
+        sizes = np.array([[side(image.width), side(image.height)] for image in images])
         with np.errstate(invalid="ignore"):
             inside = (rows["box"][:, :2] >= -BOX_TOLERANCE).all(1)
             inside &= (rows["box"][:, 2:] <= sizes[image_of] + BOX_TOLERANCE).all(1)
@@ -284,18 +267,18 @@ class _Reader:
         rows = self.annotations
         order = np.argsort(rows["id"], kind="stable")
         again = order[1:][np.diff(rows["id"][order]) == 0]
-        wrong = rows["id"] == _NO_ID
+        wrong = rows["id"] == NO_ID
         problems = []
         for row in rows[np.sort(again)]:
-            if row["id"] != _NO_ID:
+            if row["id"] != NO_ID:
                 detail = f"id {row['id']} is used by more than one annotation"
-                image = _or_none(row["image_id"])
+                image = id_or_none(row["image_id"])
                 problems.append(Problem("duplicate annotation id", image, int(row["id"]), detail))
         for row in rows[wrong]:
             number = self._record(Span(row["start"], row["end"])).get("id")
             detail = f"its id is {short(number)}, not an integer"
             problems.append(
-                Problem("invalid annotation id", _or_none(row["image_id"]), None, detail)
+                Problem("invalid annotation id", id_or_none(row["image_id"]), None, detail)
             )
         return problems
 
@@ -314,18 +297,18 @@ class _Reader:
         position = self._skip(position + 1)
         if self.data[position : position + 1] == b"]":
             return [], position + 1
-        packed: list[Any] = []
+        chunks: list[Any] = []
         end: int | None = None
         try:
             first = Task(self.path, position, len(self.data), read, pack, skip_lists)
             for found, end in each_chunk(first, self.data, self.ordered):  # noqa: B007
-                packed.append(found)
+                chunks.append(found)
         except json.JSONDecodeError:
             raise
         except ValueError as error:
             raise self._not_coco(f"{key} {str(error).partition(';')[0]}") from None
         assert end is not None
-        return packed, end
+        return chunks, end
 
     def _record(self, span: Span) -> dict[str, Any]:
         record = json.loads(self.data[span.start : span.end])
@@ -367,55 +350,3 @@ class _Reader:
 
     def _not_coco(self, why: str) -> ValueError:
         return ValueError(f"{self.origin} is not in COCO format: {why}")
-
-
-def _image_row(record: dict[str, Any], span: Span) -> ImageRecord:
-    number, name = _id(record.get("id")), record.get("file_name")
-    if number == _NO_ID:
-        raise ValueError(f"need an integer id below 2^63, got {short(record)}")
-    if not isinstance(name, str):
-        raise ValueError(f"need a file_name, got {short(record)}")
-    # Read as Latin-1, a name that is not in ASCII is not the real one: None until read again.
-    known: Any = name if name.isascii() else None
-    suspect = any(map(non_finite, record.values()))
-    return ImageRecord(number, known, record.get("width"), record.get("height"), suspect, span)
-
-
-def _annotation_row(record: dict[str, Any], span: Span) -> _Row:
-    start, end = span
-    number, image, category = map(record.get, ("id", "image_id", "category_id"))
-    numbers = (start, end, _id(number), _id(image), _id(category))
-    if next(annotation_problems(record), None) is not None:
-        return numbers, _NO_BOX, True
-    x, y, width, height = record["bbox"]
-    return numbers, (x, y, x + width, y + height), False
-
-
-def _packed(rows: list[_Row]) -> NDArray[Any]:
-    packed = np.zeros(len(rows), _FIELDS)
-    # Several times as fast as one array of tuples.
-    numbers = np.fromiter(chain.from_iterable(row[0] for row in rows), np.int64)
-    for name, column in zip(_NUMBERS, numbers.reshape(-1, len(_NUMBERS)).T, strict=True):
-        packed[name] = column
-    boxes = np.fromiter(chain.from_iterable(row[1] for row in rows), np.float64)
-    packed["box"] = boxes.reshape(-1, 4)
-    packed["suspect"] = [row[2] for row in rows]
-    return packed
-
-
-def _side(value: Any) -> float:
-    number = isinstance(value, int | float) and not non_finite(value)
-    return float(value) if number else math.nan
-
-
-def _is_id(value: Any) -> bool:
-    return _id(value) != _NO_ID
-
-
-def _id(value: Any) -> int:
-    """For a column of ids."""
-    return value if type(value) is int and -_LARGEST_ID <= value <= _LARGEST_ID else _NO_ID
-
-
-def _or_none(value: np.int64) -> int | None:
-    return None if value == _NO_ID else int(value)

@@ -67,7 +67,7 @@ class LocalFolder:
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """A whole file. `size` is what it had when it was listed."""
-        descriptor = os.open(f"{self.path}/{name}", os.O_RDONLY)
+        descriptor = os.open(os.path.join(self.path, name), os.O_RDONLY)
         try:
             parts = [os.read(descriptor, (size or 0) + 1)]
             while parts[-1]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import coco, records
+from data_prep import records
+from data_prep.checks import annotation_problems
 from data_prep.coco import read_coco
 from data_prep.parallel import worker_processes
 
@@ -145,6 +146,6 @@ def test_suspects_are_those_with_a_problem(tmp_path):
     content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]}
     path.write_text(json.dumps(content))
     found = read_coco(path)
-    wrong = [any(coco.annotation_problems(row, (40, 30), {1})) for row in rows]
+    wrong = [any(annotation_problems(row, (40, 30), {1})) for row in rows]
     assert [found.is_suspect(i) for i in range(200)] == wrong
     assert 20 < np.sum(wrong) < 190
