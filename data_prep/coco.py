@@ -1,100 +1,130 @@
 """Reading COCO annotation files of any size without losing a character of a record.
 
-Images and annotations stay the text they came as and are cut out by position, so unknown fields,
-number formats and duplicate keys pass through as they are. Beside the text itself, memory holds
-a few numbers a record, not a tree of Python objects.
+Images and annotations stay the bytes they came as and are cut out of the mapped file by position,
+so unknown fields, number formats and duplicate keys pass through as they are. Memory holds a few
+numbers a record, not a tree of Python objects; every record is parsed once, in parallel.
 """
 
+import codecs
 import hashlib
 import json
-import re
-from collections import defaultdict
-from dataclasses import dataclass, field
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from data_prep.checks import Problem
+import numpy as np
+from numpy.typing import NDArray
 
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\n\r]*")
-_LARGEST_ID = 2**63 - 1
-_HEAD, _MIDDLE, _TAIL = '{"image": ', ', "annotations": [', "]}"
+from data_prep.checks import BOX_TOLERANCE, Problem
+from data_prep.columns import (
+    FIELDS,
+    NO_ID,
+    ImageRecord,
+    annotation_row,
+    id_or_none,
+    image_row,
+    is_id,
+    packed,
+    side,
+)
+from data_prep.parallel import OrderedMap
+from data_prep.records import Span, Task, each_chunk, short
+from data_prep.shards import join_record, record_length
+from data_prep.storage import Location
 
-
-class Span(NamedTuple):
-    """Where in the text a record is."""
-
-    start: int
-    end: int
-
-
-class ImageRecord(NamedTuple):
-    """What conversion needs of an image record; width and height only where it has them."""
-
-    id: int
-    file_name: str
-    width: float | None
-    height: float | None
-    span: Span
+_BLOCK = 16 * 2**20
 
 
-@dataclass
+@dataclass(frozen=True)
 class CocoFile:
     """An annotation file, indexed.
 
-    `header` is every top-level key but images and annotations. `images` holds the first record
-    of each id; `repeated` further records of an id seen before. `annotations` maps an image id
-    to the spans of its annotations; `orphans` are those whose image_id matches no image.
+    `keys` are the top-level keys in their order, `header` the values of all but images and
+    annotations. `images` holds the first record of each id; `repeated` further records of an id
+    seen before. `problems` are those of the file by itself: ids that are taken or lead nowhere.
     """
 
-    path: Path
-    text: str
+    origin: str
+    data: Any
     sha256: str
+    keys: list[str]
     header: dict[str, Any]
     images: list[ImageRecord]
     repeated: list[ImageRecord]
-    annotations: dict[int, list[Span]]
-    orphans: list[Any] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    orphans: list[Any]
+    problems: list[Problem]
+    _annotations: NDArray[Any]  # of FIELDS, those of an image together, images in order
+    _first: NDArray[np.int64]  # [images + 1] where in it those of an image begin
+    _suspects: frozenset[int]  # images with an annotation that something may be wrong with
 
-    def sample_json(self, image: ImageRecord) -> bytes:
+    def annotation_count(self, image: int) -> int:
+        """Annotations of `images[image]`."""
+        return int(self._first[image + 1] - self._first[image])
+
+    def is_suspect(self, image: int) -> bool:
+        """Whether something may be wrong with the records of `images[image]`."""
+        record = self.images[image]
+        unknown_size = record.width is None or record.height is None
+        return record.suspect or unknown_size or image in self._suspects
+
+    def sample_json(self, image: int) -> bytes:
         """The `KEY.json` of an image: {"image": record, "annotations": [records]}, UTF-8."""
-        own = self.annotations.get(image.id, ())
-        rows = ", ".join(self.text[start:end] for start, end in own)
-        return f"{_HEAD}{self.text[slice(*image.span)]}{_MIDDLE}{rows}{_TAIL}".encode()
+        own = self._annotations[["start", "end"]][self._first[image] : self._first[image + 1]]
+        rows = (self.data[start:end] for start, end in own.tolist())
+        return join_record(self.data[slice(*self.images[image].span)], rows)
 
-    def sample_characters(self, image: ImageRecord) -> int:
-        """Length of `sample_json` in characters (bytes, where all is ASCII), without making it."""
-        spans = [image.span, *self.annotations.get(image.id, ())]
-        separators = 2 * max(0, len(spans) - 2)
-        text = sum(end - start for start, end in spans)
-        return len(_HEAD) + len(_MIDDLE) + len(_TAIL) + separators + text
+    def sample_lengths(self) -> NDArray[np.int64]:
+        """[images] the length of `sample_json` of each, without making it."""
+        sums = np.concatenate(
+            ([0], np.cumsum(self._annotations["end"] - self._annotations["start"]))
+        )
+        spans = np.array([image.span for image in self.images]).reshape(-1, 2)
+        annotations = np.diff(sums[self._first])
+        lengths: NDArray[np.int64] = record_length(
+            spans[:, 1] - spans[:, 0], annotations, np.diff(self._first)
+        )
+        return lengths
 
 
-def read_coco(path: Path) -> CocoFile:
+def read_coco(path: Path, ordered: OrderedMap = map, origin: Location = "") -> CocoFile:
     """Read and index an annotation file.
+
+    Args:
+        path: a local file; it must not change before it is closed.
+        ordered: spreads the parsing, see `data_prep.parallel`.
+        origin: where the user has the file, for messages; `path` if it is not given.
 
     Raises:
         ValueError: the file is missing, not JSON, or not in COCO's format.
     """
+    origin = str(origin) or str(path)
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
-        raise ValueError(f"cannot read annotation file {path}: {error.strerror}") from None
-    digest = hashlib.sha256(raw).hexdigest()
+        raise ValueError(f"cannot read annotation file {origin}: {error.strerror}") from None
+    digest = hashlib.sha256()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        text = raw.decode("utf-8-sig")
+        for start in range(0, len(data), _BLOCK):
+            block = data[start : start + _BLOCK]
+            digest.update(block)
+            decoder.decode(block, final=start + _BLOCK >= len(data))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON in UTF-8: {error}") from None
-    del raw
+        raise ValueError(f"{origin} is not JSON in UTF-8: {error}") from None
+    reader = _Reader(path, origin, data, ordered)
     try:
-        reader = _Reader(path, text)
         reader.read()
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        where = json.JSONDecodeError(error.msg, data[:].decode("latin-1"), error.pos)
+        raise ValueError(f"{origin} is not valid JSON: {where}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not in COCO format: it is nested too deeply") from None
-    return reader.finish(digest)
+        raise ValueError(f"{origin} is not in COCO format: it is nested too deeply") from None
+    return reader.finish(digest.hexdigest())
 
 
 def category_ids(categories: Any, origin: str) -> list[int]:
@@ -109,12 +139,12 @@ def category_ids(categories: Any, origin: str) -> list[int]:
     for category in categories:
         if not (
             isinstance(category, dict)
-            and _is_id(category.get("id"))
+            and is_id(category.get("id"))
             and isinstance(category.get("name"), str)
         ):
             raise ValueError(
                 f"{origin} is not in COCO format: a category needs an integer id and a name, "
-                f"got {_short(category)}"
+                f"got {short(category)}"
             )
         ids.append(category["id"])
     if len(set(ids)) < len(ids):
@@ -124,201 +154,199 @@ def category_ids(categories: Any, origin: str) -> list[int]:
 
 
 class _Reader:
-    """One pass over the text of an annotation file."""
+    """One pass over the bytes of an annotation file."""
 
-    def __init__(self, path: Path, text: str) -> None:
+    def __init__(self, path: Path, origin: str, data: Any, ordered: OrderedMap) -> None:
         self.path = path
-        self.text = text
+        self.origin = origin
+        self.data = data
+        self.ordered = ordered
         self.header: dict[str, Any] = {}
-        self.images: list[ImageRecord] | None = None
-        self.repeated: list[ImageRecord] = []
-        self.by_image: dict[int, list[Span]] | None = None
-        self.unplaced: list[Span] = []
-        self.problems: list[Problem] = []
+        self.keys: list[str] = []
+        self.images: list[ImageRecord] = []
+        self.annotations = np.zeros(0, FIELDS)
 
     def read(self) -> None:
-        position = self._skip(0)
-        if self.text[position : position + 1] != "{":
+        mark = len(codecs.BOM_UTF8)
+        position = self._skip(mark if self.data[:mark] == codecs.BOM_UTF8 else 0)
+        if self.data[position : position + 1] != b"{":
             self._value(position)  # what is no JSON at all is called that
             raise self._not_coco("the top level must be an object with images and annotations")
         position = self._skip(position + 1)
-        if self.text[position : position + 1] == "}":
+        if self.data[position : position + 1] == b"}":
             position += 1
         else:
             position = self._members(position)
-        if self._skip(position) != len(self.text):
-            raise json.JSONDecodeError("Extra data", self.text, position)
+        if self._skip(position) != len(self.data):
+            raise json.JSONDecodeError("Extra data", "", position)
 
     def _members(self, position: int) -> int:
         while True:
             key, position = self._value(position)
             if not isinstance(key, str):
-                raise json.JSONDecodeError("Expecting a property name", self.text, position)
-            position = self._expect(":", position)
+                raise json.JSONDecodeError("Expecting a property name", "", position)
+            position = self._expect(b":", position)
+            if key in self.keys:
+                raise self._not_coco(f"the key {short(key)} is there twice")
+            self.keys.append(key)
             if key == "images":
-                position = self._images(position)
+                chunks, position = self._list(key, position, image_row, list, False)
+                self.images = [
+                    image
+                    if image.file_name is not None
+                    else image._replace(file_name=self._record(image.span)["file_name"])
+                    for image in chain.from_iterable(chunks)
+                ]
             elif key == "annotations":
-                position = self._annotations(position)
+                chunks, position = self._list(key, position, annotation_row, packed, True)
+                self.annotations = np.concatenate([self.annotations, *chunks])
             else:
-                if key in self.header:
-                    raise self._not_coco(f"the key {_short(key)} is there twice")
                 self.header[key], position = self._value(position)
             position = self._skip(position)
-            if self.text[position : position + 1] == "}":
+            if self.data[position : position + 1] == b"}":
                 return position + 1
-            position = self._expect(",", position)
+            position = self._expect(b",", position)
 
     def finish(self, digest: str) -> CocoFile:
-        categories = self.header.get("categories")
         missing = [
             key
-            for key, value in (
-                ("images", self.images),
-                ("annotations", self.by_image),
-                ("categories", categories),
+            for key, there in (
+                ("images", "images" in self.keys),
+                ("categories", self.header.get("categories") is not None),
             )
-            if value is None
+            if not there
         ]
         if missing:
-            remedy = (
-                ' (for images without labels add "annotations": [])'
-                if missing == ["annotations"]
-                else ""
-            )
-            raise self._not_coco(f"it has no {' and no '.join(missing)}{remedy}")
-        assert self.images is not None
-        assert self.by_image is not None
+            raise self._not_coco(f"it has no {' and no '.join(missing)}")
         if not self.images:
-            raise ValueError(f"{self.path} lists no images; there is nothing to convert")
-        category_ids(categories, str(self.path))
-        known = {image.id for image in self.images}
-        for number in [number for number in self.by_image if number not in known]:
-            self.unplaced += self.by_image.pop(number)
-        orphans = [json.loads(self.text[start:end]) for start, end in sorted(self.unplaced)]
+            raise ValueError(f"{self.origin} lists no images; there is nothing to convert")
+        categories = category_ids(self.header["categories"], self.origin)
+        seen: set[int] = set()
+        images: list[ImageRecord] = []
+        repeated: list[ImageRecord] = []
+        for image in self.images:
+            (repeated if image.id in seen else images).append(image)
+            seen.add(image.id)
+        rows = self.annotations
+        problems = self._id_problems()
+
+        ids = np.array([image.id for image in images])
+        by_id = np.argsort(ids)
+        place = np.minimum(np.searchsorted(ids, rows["image_id"], sorter=by_id), len(ids) - 1)
+        image_of = by_id[place]
+        placed = ids[image_of] == rows["image_id"]
+        orphans = [self._record(Span(row["start"], row["end"])) for row in rows[~placed]]
         for orphan in orphans:
-            detail = f"image_id {_short(orphan.get('image_id'))} matches no image"
-            self.problems.append(
-                Problem("annotation without image", None, orphan.get("id"), detail)
-            )
+            detail = f"image_id {short(orphan.get('image_id'))} matches no image"
+            problems.append(Problem("annotation without image", None, orphan.get("id"), detail))
+
+        rows, image_of = rows[placed], image_of[placed]
+        order = np.argsort(image_of, kind="stable")
+        rows, image_of = rows[order], image_of[order]
+        sizes = np.array([[side(image.width), side(image.height)] for image in images])
+        with np.errstate(invalid="ignore"):
+            inside = (rows["box"][:, :2] >= -BOX_TOLERANCE).all(1)
+            inside &= (rows["box"][:, 2:] <= sizes[image_of] + BOX_TOLERANCE).all(1)
+        suspect = rows["suspect"] | ~inside | ~np.isin(rows["category_id"], categories)
         return CocoFile(
-            path=self.path,
-            text=self.text,
+            origin=self.origin,
+            data=self.data,
             sha256=digest,
+            keys=self.keys,
             header=self.header,
-            images=self.images,
-            repeated=self.repeated,
-            annotations=self.by_image,
+            images=images,
+            repeated=repeated,
             orphans=orphans,
-            problems=self.problems,
+            problems=problems,
+            _annotations=rows,
+            _first=np.searchsorted(image_of, np.arange(len(images) + 1)),
+            _suspects=frozenset(image_of[suspect].tolist()),
         )
 
-    def _images(self, position: int) -> int:
-        if self.images is not None:
-            raise self._not_coco("the key images is there twice")
-        self.images = []
-        seen: set[int] = set()
-        for record, span in self._elements("images", position):
-            if not _is_id(record.get("id")):
-                raise self._not_coco(
-                    f"an image needs an integer id below 2^63, got {_short(record)}"
-                )
-            if not isinstance(record.get("file_name"), str):
-                raise self._not_coco(f"an image needs a file_name, got {_short(record)}")
-            width, height = (self._side(record, name) for name in ("width", "height"))
-            image = ImageRecord(record["id"], record["file_name"], width, height, span)
-            (self.repeated if image.id in seen else self.images).append(image)
-            seen.add(image.id)
-        return self._end
-
-    def _side(self, record: dict[str, Any], name: str) -> float | None:
-        value = record.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
-            raise self._not_coco(
-                f"image {record['id']} has {name} {_short(value)}, expected a positive number"
+    def _id_problems(self) -> list[Problem]:
+        rows = self.annotations
+        order = np.argsort(rows["id"], kind="stable")
+        again = order[1:][np.diff(rows["id"][order]) == 0]
+        wrong = rows["id"] == NO_ID
+        problems = []
+        for row in rows[np.sort(again)]:
+            if row["id"] != NO_ID:
+                detail = f"id {row['id']} is used by more than one annotation"
+                image = id_or_none(row["image_id"])
+                problems.append(Problem("duplicate annotation id", image, int(row["id"]), detail))
+        for row in rows[wrong]:
+            number = self._record(Span(row["start"], row["end"])).get("id")
+            detail = f"its id is {short(number)}, not an integer"
+            problems.append(
+                Problem("invalid annotation id", id_or_none(row["image_id"]), None, detail)
             )
-        return value
+        return problems
 
-    def _annotations(self, position: int) -> int:
-        if self.by_image is not None:
-            raise self._not_coco("the key annotations is there twice")
-        self.by_image = defaultdict(list)
-        seen: set[int] = set()
-        for record, span in self._elements("annotations", position):
-            number, image = record.get("id"), record.get("image_id")
-            if not _is_id(number):
-                detail = f"its id is {_short(number)}, not an integer"
-                self.problems.append(
-                    Problem("invalid annotation id", _or_none(image), None, detail)
-                )
-            elif number in seen:
-                detail = f"id {number} is used by more than one annotation"
-                self.problems.append(
-                    Problem("duplicate annotation id", _or_none(image), number, detail)
-                )
-            else:
-                seen.add(number)
-            if _is_id(image):
-                self.by_image[image].append(span)
-            else:
-                self.unplaced.append(span)
-        return self._end
-
-    def _elements(self, key: str, position: int) -> Any:
-        """Yield (object, span) of each element of a list; `_end` is the position after it."""
+    def _list(
+        self,
+        key: str,
+        position: int,
+        read: Callable[[dict[str, Any], Span], Any],
+        pack: Callable[[list[Any]], Any],
+        skip_lists: bool,
+    ) -> tuple[list[Any], int]:
+        """What `pack` made of the rows of a list, and the position behind it."""
         position = self._skip(position)
-        if self.text[position : position + 1] != "[":
+        if self.data[position : position + 1] != b"[":
             raise self._not_coco(f"{key} must be a list")
         position = self._skip(position + 1)
-        if self.text[position : position + 1] == "]":
-            self._end = position + 1
-            return
-        while True:
-            start = self._skip(position)
-            record, position = self._value(start)
-            if not isinstance(record, dict):
-                raise self._not_coco(f"{key} must hold objects, got {_short(record)}")
-            yield record, Span(start, position)
-            position = self._skip(position)
-            if self.text[position : position + 1] == "]":
-                self._end = position + 1
-                return
-            position = self._expect(",", position)
-
-    def _value(self, position: int) -> tuple[Any, int]:
-        position = self._skip(position)
+        if self.data[position : position + 1] == b"]":
+            return [], position + 1
+        chunks: list[Any] = []
+        end: int | None = None
         try:
-            return _DECODER.raw_decode(self.text, position)
+            first = Task(self.path, position, len(self.data), read, pack, skip_lists)
+            for found, end in each_chunk(first, self.data, self.ordered):  # noqa: B007
+                chunks.append(found)
         except json.JSONDecodeError:
             raise
-        except ValueError as error:  # a number of thousands of digits
-            raise self._not_coco(str(error).partition(";")[0]) from None
+        except ValueError as error:
+            raise self._not_coco(f"{key} {str(error).partition(';')[0]}") from None
+        assert end is not None
+        return chunks, end
+
+    def _record(self, span: Span) -> dict[str, Any]:
+        record = json.loads(self.data[span.start : span.end])
+        assert isinstance(record, dict)
+        return record
+
+    def _value(self, position: int) -> tuple[Any, int]:
+        """A value that may be of any size, from ever larger windows on the file."""
+        position, window = self._skip(position), 2**16
+        while True:
+            stop = min(position + window, len(self.data))
+            text = self.data[position:stop].decode("latin-1")
+            try:
+                _, length = json.JSONDecoder().raw_decode(text)
+                # A number at the edge may go on.
+                if length < len(text) or stop == len(self.data):
+                    end = position + length
+                    return json.loads(self.data[position:end]), end
+            except json.JSONDecodeError as error:
+                if stop == len(self.data):
+                    raise json.JSONDecodeError(error.msg, "", position + error.pos) from None
+            except ValueError as error:  # a number of thousands of digits
+                raise self._not_coco(str(error).partition(";")[0]) from None
+            window *= 8
 
     def _skip(self, position: int) -> int:
-        match = _SPACE.match(self.text, position)
-        assert match is not None
-        return match.end()
+        while True:
+            block = self.data[position : position + 1024]
+            skipped = len(block) - len(block.lstrip(b" \t\n\r"))
+            position += skipped
+            if not block or skipped < len(block):
+                return position
 
-    def _expect(self, character: str, position: int) -> int:
+    def _expect(self, character: bytes, position: int) -> int:
         position = self._skip(position)
-        if self.text[position : position + 1] != character:
-            raise json.JSONDecodeError(f"Expecting '{character}'", self.text, position)
+        if self.data[position : position + 1] != character:
+            raise json.JSONDecodeError(f"Expecting '{character.decode()}'", "", position)
         return position + 1
 
     def _not_coco(self, why: str) -> ValueError:
-        return ValueError(f"{self.path} is not in COCO format: {why}")
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_ID
-
-
-def _or_none(value: Any) -> int | None:
-    return value if _is_id(value) else None
-
-
-def _short(value: Any) -> str:
-    """A value as JSON on one line, cut to fit a message."""
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+        return ValueError(f"{self.origin} is not in COCO format: {why}")

@@ -1,47 +1,32 @@
 """COCO-format images and annotations -> WebDataset shards with a manifest.
 
-The plan (which sample in which shard, in which order) is made first, from the annotation file
-and the sizes of the image files alone; then every shard is one task. So any number of processes
-writes the same bytes, and after an interruption finished shards are kept.
+Read the annotation file, make a plan, write every shard as one task, and the manifest last. What
+is finished survives an interruption: `STATE` in the output holds it until the manifest is there.
 """
 
 import fcntl
 import hashlib
 import json
-import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.checks import (
-    Problem,
-    annotation_problems,
-    read_image_header,
-    size_mismatch,
-)
-from data_prep.coco import CocoFile, ImageRecord, category_ids, read_coco
-from data_prep.manifest import (
-    NAME,
-    Manifest,
-    data_digest,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
-from data_prep.parallel import ordered_map
-from data_prep.shards import END, encode_member, member_length, sample_key
+from data_prep.checks import Problem, read_report, report
+from data_prep.coco import CocoFile, category_ids, read_coco
+from data_prep.manifest import NAME, Manifest, data_digest, read_manifest, write_manifest
+from data_prep.parallel import OrderedMap, worker_processes
+from data_prep.plan import Limits, plan_shards, shard_tasks
+from data_prep.storage import TEMPORARY, Folder, LocalFolder, Location, file_at, folder_at
+from data_prep.write import STATE, WrittenShard, write_shard
 
 REPORT = "report.json"
-STATE = ".convert"  # while unfinished: plan.json, and one result a finished shard
 QUARANTINE = frozenset(
-    ("missing image", "corrupt image", "size mismatch", "duplicate image id")
+    ("missing image", "corrupt image", "truncated image", "size mismatch", "duplicate image id")
 )  # the image and its annotations stay out of the shards; other problems are only reported
 
 
@@ -54,52 +39,34 @@ class Conversion:
     fresh: bool
 
 
-class _Item(NamedTuple):
-    """A sample to be written."""
-
-    id: int
-    file_name: str
-    width: float | None
-    height: float | None
-    record: bytes
-
-
-@dataclass(frozen=True)
-class _Task:
-    name: str
-    output: Path
-    images: Path
-    categories: frozenset[int]
-    items: list[_Item]
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A written shard; `columns` as in the manifest, without shard."""
-
-    name: str
-    bytes: int
-    sha256: str
-    columns: dict[str, list[int]]
-    problems: list[Problem]
-
-
 def convert(
-    images: Path,
-    annotations: Path,
-    output: Path,
+    images: Location,
+    annotations: Location,
+    output: Location,
     *,
     shard_size_mb: int = 256,
     samples_per_shard: int = 1000,
     seed: int = 0,
     workers: int = 1,
+    ray: str | None = None,
     strict: bool = False,
 ) -> Conversion:
     """Write `output/shard-*.tar`, `output/report.json` and, last, `output/manifest.json`.
 
     Samples are shuffled by `seed`. A shard ends at `samples_per_shard` samples or
-    `shard_size_mb` MiB, whichever comes first. The result depends on neither `workers` nor an
-    interruption before. If `output` holds the shards of this input already, nothing is done.
+    `shard_size_mb` MiB, whichever comes first. The result depends on neither `workers`, `ray` nor
+    an interruption before. If `output` holds the shards of this input already, nothing is done.
+
+    Args:
+        images: folder that file names are relative to; path or fsspec URL, as the next two.
+        annotations: the annotation file.
+        output: folder for the shards.
+        shard_size_mb: see above.
+        samples_per_shard: see above.
+        seed: see above.
+        workers: processes on this machine.
+        ray: write the shards on the Ray cluster at this address; see `data_prep.on_ray`.
+        strict: fail if there is any problem.
 
     Raises:
         ValueError: the input is unusable, `output` holds something else, or `strict` and there
@@ -109,10 +76,59 @@ def convert(
     for name, value in (("shard_size_mb", shard_size_mb), ("samples_per_shard", samples_per_shard)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not images.is_dir():
-        raise ValueError(f"image folder {images} does not exist")
-    _refuse_foreign(output)
-    coco = read_coco(annotations)
+    source, target = folder_at(images), folder_at(output)
+    if isinstance(source, LocalFolder) and source.names() is None:
+        raise ValueError(f"image folder {source} does not exist")
+    for folder in (source, target):
+        if not folder.everywhere and (workers > 1 or ray is not None):
+            raise ValueError(f"{folder} is seen by one process only: use --workers 1, no --ray")
+    finished = _is_finished(target)
+    with _local_file(annotations) as path, worker_processes(workers) as ordered:
+        coco = read_coco(path, ordered, annotations)
+        sizes = source.sizes([image.file_name for image in coco.images])
+        problems = _problems_before(coco, sizes, source)
+        identity = {
+            "annotations": coco.sha256,
+            "images": _digest(
+                [[i.id, i.file_name, n] for i, n in zip(coco.images, sizes, strict=True)]
+            ),
+            "options": _digest(
+                {
+                    "shard_size_mb": shard_size_mb,
+                    "samples_per_shard": samples_per_shard,
+                    "seed": seed,
+                }
+            ),
+        }
+        if finished:
+            manifest = _same_or_refuse(target, identity)
+            problems = read_report(target.read(REPORT))
+            _fail_if(strict, problems, target)
+            return Conversion(manifest, problems, fresh=False)
+
+        limits = Limits(shard_size_mb * 2**20, samples_per_shard)
+        with _locked(target):
+            _begin_or_continue(target, identity)
+            plan = plan_shards(coco, sizes, limits, seed)
+            with nullcontext(ordered) if ray is None else _on_ray(ray) as spread:
+                shards = _write_shards(coco, sizes, plan, source, target, spread)
+            problems += [problem for shard in shards for problem in shard.problems]
+            problems.sort(key=lambda p: (p.kind, p.image_id or 0))
+            if not any(shard.columns["id"] for shard in shards):
+                raise ValueError(
+                    f"none of the {len(coco.images)} images of {annotations} is usable "
+                    f"(the first: {next(p.detail for p in problems if p.kind in QUARANTINE)})"
+                )
+            manifest = _manifest(coco, shards, problems, identity)
+            target.write(REPORT, report(problems))
+            _fail_if(strict, problems, target)
+            write_manifest(target, manifest)
+            target.remove(STATE)
+    return Conversion(manifest, problems, fresh=True)
+
+
+def _problems_before(coco: CocoFile, sizes: list[int | None], images: Folder) -> list[Problem]:
+    """What is wrong judging by the annotation file and the list of image files."""
     problems = list(coco.problems)
     problems += [
         Problem(
@@ -120,276 +136,163 @@ def convert(
         )
         for image in coco.repeated
     ]
-    sizes = {image.id: _file_size(images, image.file_name) for image in coco.images}
-    absent = [image for image in coco.images if sizes[image.id] is None]
+    absent = [image for image, size in zip(coco.images, sizes, strict=True) if size is None]
     if len(absent) == len(coco.images):
         raise ValueError(
-            f"none of the {len(absent)} images of {annotations} is in {images} "
+            f"none of the {len(absent)} images of {coco.origin} is in {images} "
             f"(the first would be {absent[0].file_name!r}); is --images the right folder?"
         )
     problems += [
         Problem("missing image", image.id, None, f"no file {image.file_name!r} in the image folder")
         for image in absent
     ]
-    options = {"shard_size_mb": shard_size_mb, "samples_per_shard": samples_per_shard, "seed": seed}
-    source = {
-        "annotations": coco.sha256,
-        "images": _digest([[i.id, i.file_name, sizes[i.id]] for i in coco.images]),
-        "options": _digest(options),
-    }
-    if (output / NAME).exists():
-        manifest = _same_or_refuse(output, source)
-        problems = [Problem(*row) for row in json.loads((output / REPORT).read_bytes())["problems"]]
-        _fail_if(strict, problems, output)
-        return Conversion(manifest, problems, fresh=False)
-
-    plan = _plan(coco, sizes, shard_size_mb * 2**20, samples_per_shard, seed)
-    (output / STATE).mkdir(parents=True, exist_ok=True)
-    with _locked(output / STATE):
-        shards = _write_shards(coco, plan, images, output, source, workers)
-        problems += [problem for shard in shards for problem in shard.problems]
-        problems.sort(key=lambda p: (p.kind, p.image_id or 0))
-        if not any(shard.columns["id"] for shard in shards):
-            raise ValueError(
-                f"none of the {len(coco.images)} images of {annotations} is usable "
-                f"(the first: {next(p.detail for p in problems if p.kind in QUARANTINE)})"
-            )
-        manifest = _manifest(coco, shards, problems, source)
-        counts = dict(sorted(Counter(problem.kind for problem in problems).items()))
-        write_json(output / REPORT, {"counts": counts, "problems": problems})
-        _fail_if(strict, problems, output)
-        write_manifest(output, manifest)
-        shutil.rmtree(output / STATE)
-    return Conversion(manifest, problems, fresh=True)
+    return problems
 
 
 @contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    """Two conversions into one folder at once would overwrite each other's shards."""
+def _local_file(annotations: Location) -> Iterator[Path]:
+    folder, name = file_at(annotations)
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(folder.local_copy(name))
+        except FileNotFoundError:
+            raise ValueError(f"cannot read annotation file {annotations}: no such file") from None
+        yield path
+
+
+@contextmanager
+def _on_ray(address: str) -> Iterator[OrderedMap]:
+    from data_prep.on_ray import ray_cluster  # takes seconds, and only --ray needs it
+
+    with ray_cluster(address) as ordered:
+        yield ordered
+
+
+@contextmanager
+def _locked(output: Folder) -> Iterator[None]:
+    """Keep out a second conversion into the same local folder.
+
+    A store has no locks. There both would write the same bytes to the same names.
+    """
+    if not isinstance(output, LocalFolder):
+        yield
+        return
+    state = output.path / STATE
+    state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another conversion is writing to {state.parent}; wait for it or stop it"
+                f"another conversion is writing to {output}; wait for it or stop it"
             ) from None
+        for left in state.glob(f"*{TEMPORARY}"):  # by a killed run
+            shutil.rmtree(left, ignore_errors=True)
         yield
 
 
-def _fail_if(strict: bool, problems: list[Problem], output: Path) -> None:
+def _begin_or_continue(output: Folder, identity: dict[str, str]) -> None:
+    name = f"{STATE}/plan.json"
+    if output.sizes([name]) == [None]:
+        output.write(name, json.dumps(identity).encode())
+    elif json.loads(output.read(name)) != identity:
+        raise ValueError(
+            f"output {output} holds an unfinished conversion of other input or options; "
+            "choose another folder or remove it"
+        )
+
+
+def _fail_if(strict: bool, problems: list[Problem], output: Folder) -> None:
     if strict and problems:
         raise ValueError(
             f"--strict: {len(problems)} problems, the first: {problems[0].kind}: "
-            f"{problems[0].detail} (all are in {output / REPORT}; without --strict unusable "
+            f"{problems[0].detail} (all are in {output}/{REPORT}; without --strict unusable "
             "images are left out)"
         )
 
 
-def _refuse_foreign(output: Path) -> None:
-    """Only an empty folder, a complete one or an unfinished one of ours may be written to."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise ValueError(f"output {output} is a file; choose a folder")
-    names = {path.name for path in output.iterdir()}
+def _is_finished(output: Folder) -> bool:
+    """Whether there is a manifest.
+
+    Raises:
+        ValueError: the folder is neither empty nor a finished or unfinished one of ours.
+    """
+    names = output.names() or set()
     if names and not names & {NAME, STATE}:
         raise ValueError(
             f"output {output} holds something else ({min(names)}); choose a new or empty folder"
         )
+    return NAME in names
 
 
-def _same_or_refuse(output: Path, source: dict[str, str]) -> Manifest:
-    manifest = read_manifest(output)
-    changed = [name for name in source if manifest.source.get(name) != source[name]]
+def _same_or_refuse(output: Folder, identity: dict[str, str]) -> Manifest:
+    manifest = read_manifest(str(output))
+    changed = [name for name in identity if manifest.source.get(name) != identity[name]]
     if changed:
         raise ValueError(
             f"output {output} holds shards of other input (differs in: {', '.join(changed)}); "
             "choose another folder or remove it"
         )
-    for shard in manifest.shards:
-        path = output / shard["name"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+    sizes = output.sizes([shard["name"] for shard in manifest.shards])
+    for shard, size in zip(manifest.shards, sizes, strict=True):
+        if size != shard["bytes"]:
             raise ValueError(
-                f"{path} is missing or not of {shard['bytes']} bytes; remove {output} and "
-                "convert again"
+                f"{output}/{shard['name']} is missing or not of {shard['bytes']} bytes; remove "
+                f"{output} and convert again"
             )
     return manifest
-
-
-def _file_size(folder: Path, file_name: str) -> int | None:
-    """Bytes of an image file; None if there is none inside the folder."""
-    root = os.path.abspath(folder)
-    try:
-        path = os.path.normpath(os.path.join(root, file_name))
-        if os.path.commonpath((root, path)) != root or not os.path.isfile(path):
-            return None
-        return os.stat(path).st_size
-    except (OSError, ValueError):  # ValueError: a name with a NUL or a lone surrogate
-        return None
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _plan(
+def _write_shards(
     coco: CocoFile,
-    sizes: dict[int, int | None],
-    most_bytes: int,
-    most_samples: int,
-    seed: int,
-) -> list[list[ImageRecord]]:
-    """Images in shuffled order, cut into shards.
-
-    Files sorted by class or video would otherwise be neighbours in a shard, and training
-    shuffles within a few shards only. Ordering by a hash needs no generator's stability.
-    """
-
-    def rank(image: ImageRecord) -> bytes:
-        return hashlib.sha256(f"{seed}:{image.id}".encode()).digest()
-
-    shards: list[list[ImageRecord]] = []
-    filled = 0
-    for image in sorted((i for i in coco.images if sizes[i.id] is not None), key=rank):
-        size = sizes[image.id]
-        assert size is not None
-        length = member_length(size) + member_length(coco.sample_characters(image))
-        if not shards or filled + length > most_bytes or len(shards[-1]) == most_samples:
-            shards.append([])
-            filled = len(END)
-        shards[-1].append(image)
-        filled += length
+    sizes: list[int | None],
+    plan: list[list[int]],
+    images: Folder,
+    output: Folder,
+    ordered: OrderedMap,
+) -> list[WrittenShard]:
+    categories = frozenset(category_ids(coco.header["categories"], coco.origin))
+    tasks = shard_tasks(coco, sizes, plan, images, output, categories)
+    shards: list[WrittenShard] = []
+    total = sum(len(members) for members in plan)
+    with tqdm(total=total, desc="convert", unit="image", disable=None) as bar:
+        for shard in ordered(write_shard, tasks):
+            bar.update(len(plan[len(shards)]))
+            shards.append(shard)
     return shards
 
 
-def _write_shards(
-    coco: CocoFile,
-    plan: list[list[ImageRecord]],
-    images: Path,
-    output: Path,
-    source: dict[str, str],
-    workers: int,
-) -> list[_Shard]:
-    """Write the shards that are not there yet; a result file stands for a finished one."""
-    state = output / STATE
-    plan_file = state / "plan.json"
-    if plan_file.exists():
-        if json.loads(plan_file.read_bytes()) != source:
-            raise ValueError(
-                f"output {output} holds an unfinished conversion of other input or options; "
-                "choose another folder or remove it"
-            )
-    else:
-        write_json(plan_file, source)
-    names = [f"shard-{i:06d}" for i in range(len(plan))]
-    done = {name: shard for name in names if (shard := _finished(state, output, name))}
-    categories = frozenset(category_ids(coco.header["categories"], str(coco.path)))
-
-    def tasks() -> Iterator[_Task]:
-        for name, members in zip(names, plan, strict=True):
-            if name not in done:
-                items = [
-                    _Item(i.id, i.file_name, i.width, i.height, coco.sample_json(i))
-                    for i in members
-                ]
-                yield _Task(name, output, images, categories, items)
-
-    total = sum(len(members) for members in plan)
-    start = sum(len(plan[names.index(name)]) for name in done)
-    with tqdm(total=total, initial=start, desc="convert", unit="image", disable=None) as bar:
-        missing = len(names) - len(done)
-        try:
-            for shard in ordered_map(_write_shard, tasks(), max(1, min(workers, missing))):
-                done[shard.name.removesuffix(".tar")] = shard
-                bar.update(len(plan[names.index(shard.name.removesuffix(".tar"))]))
-        except BrokenProcessPool:
-            raise ValueError(
-                "a worker process was killed (out of memory?); run the same command again to "
-                "continue, with fewer --workers"
-            ) from None
-    return [done[name] for name in names]
-
-
-def _finished(state: Path, output: Path, name: str) -> _Shard | None:
-    try:
-        content = json.loads((state / f"{name}.json").read_bytes())
-        size = (output / f"{name}.tar").stat().st_size
-    except (OSError, ValueError):
-        return None
-    content["problems"] = [Problem(*row) for row in content["problems"]]
-    return _Shard(**content) if size == content["bytes"] else None
-
-
-def _write_shard(task: _Task) -> _Shard:
-    columns: dict[str, list[int]] = {
-        name: [] for name in ("offset", "length", "width", "height", "id", "annotations")
-    }
-    problems: list[Problem] = []
-    digest = hashlib.sha256()
-    path = task.output / f"{task.name}.tar"
-    temporary = path.with_suffix(".tar.tmp")
-    offset = 0
-    with temporary.open("wb") as file:
-        for item in task.items:
-            try:
-                data = (task.images / item.file_name).read_bytes()
-                header = read_image_header(data)
-            except FileNotFoundError:
-                problems.append(Problem("missing image", item.id, None, "vanished meanwhile"))
-                continue
-            except (OSError, ValueError) as error:
-                why = error.strerror if isinstance(error, OSError) else str(error)
-                problems.append(
-                    Problem("corrupt image", item.id, None, f"{item.file_name!r}: {why}")
-                )
-                continue
-            size = (header.width, header.height)
-            mismatch = size_mismatch((item.width, item.height), size, item.file_name)
-            if mismatch:
-                problems.append(Problem("size mismatch", item.id, None, mismatch))
-                continue
-            annotations = json.loads(item.record)["annotations"]
-            for annotation in annotations:
-                for kind, detail in annotation_problems(annotation, size, task.categories):
-                    problems.append(Problem(kind, item.id, annotation.get("id"), detail))
-            key = sample_key(item.id)
-            sample = encode_member(f"{key}.{header.extension}", data)
-            sample += encode_member(f"{key}.json", item.record)
-            file.write(sample)
-            digest.update(sample)
-            row = (offset, len(sample), *size, item.id, len(annotations))
-            for column, value in zip(columns.values(), row, strict=True):
-                column.append(value)
-            offset += len(sample)
-        file.write(END)
-        digest.update(END)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    shard = _Shard(path.name, offset + len(END), digest.hexdigest(), columns, problems)
-    write_json(task.output / STATE / f"{task.name}.json", asdict(shard))
-    return shard
-
-
 def _manifest(
-    coco: CocoFile, shards: list[_Shard], problems: list[Problem], source: dict[str, str]
+    coco: CocoFile, shards: list[WrittenShard], problems: list[Problem], source: dict[str, str]
 ) -> Manifest:
     numbers = [i for i, shard in enumerate(shards) for _ in shard.columns["id"]]
     samples = {"shard": numbers} | {
         name: [value for shard in shards for value in shard.columns[name]]
         for name in shards[0].columns
     }
+    own = {image.id: coco.annotation_count(i) for i, image in enumerate(coco.images)}
+    # A repeated record has none: they belong to the first of its id.
+    left_out = [
+        {
+            "image_id": p.image_id,
+            "annotations": 0 if p.kind == "duplicate image id" else own[p.image_id],
+            "reason": f"{p.kind}: {p.detail}",
+        }
+        for p in problems
+        if p.kind in QUARANTINE and p.image_id is not None
+    ]
     return Manifest(
         digest=data_digest(coco.header, [shard.sha256 for shard in shards]),
         header=coco.header,
+        keys=coco.keys,
         categories=coco.header["categories"],
         num_images=len(numbers),
         num_annotations=sum(samples["annotations"]),
-        quarantined=[
-            {"image_id": p.image_id, "reason": f"{p.kind}: {p.detail}"}
-            for p in problems
-            if p.kind in QUARANTINE
-        ],
+        quarantined=left_out,
         orphan_annotations=coco.orphans,
         source=source,
         shards=[

@@ -5,15 +5,15 @@ It is written last and at once, so a folder that has one is complete.
 
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from data_prep.shards import END
+from data_prep.storage import Folder, LocalFolder, Location, folder_at
 
 FORMAT, VERSION = "coco-webdataset", 1
 NAME = "manifest.json"
+LISTS = ("images", "annotations")  # top-level keys whose content is in the shards
 COLUMNS = ("shard", "offset", "length", "width", "height", "id", "annotations")
 
 
@@ -21,11 +21,13 @@ COLUMNS = ("shard", "offset", "length", "width", "height", "id", "annotations")
 class Manifest:
     """The fields of manifest.json; see docs/data.md for each.
 
+    `keys` are the top-level keys of the annotation file, `header` the values of all but LISTS.
     `samples` maps each of COLUMNS to a list of integers, one a sample, in shard order.
     """
 
     digest: str
     header: dict[str, Any]
+    keys: list[str]
     categories: list[dict[str, Any]]
     num_images: int
     num_annotations: int
@@ -42,38 +44,31 @@ def data_digest(header: dict[str, Any], shard_digests: list[str]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json` by way of a temporary file."""
-    content = {"format": FORMAT, "version": VERSION} | asdict(manifest)
-    write_json(folder / NAME, content)
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
+    """Write `folder/manifest.json`, all at once."""
+    content = {"format": FORMAT, "version": VERSION} | vars(manifest)
+    folder.write(NAME, json.dumps(content).encode())
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that `path` never holds a part of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check `folder/manifest.json`; the shards themselves are not looked at.
+def read_manifest(shards: Location) -> Manifest:
+    """Read and check the manifest in a folder; the shards themselves are not looked at.
 
     Raises:
         ValueError: the folder is no complete folder of shards of this version.
     """
-    path = folder / NAME
-    if not folder.is_dir():
+    folder = folder_at(shards)
+    path = f"{folder}/{NAME}"
+    if isinstance(folder, LocalFolder) and folder.names() is None:
         raise ValueError(f"shard folder {folder} does not exist; make it with data_prep convert")
-    if not path.is_file():
+    try:
+        content = json.loads(folder.read(NAME))
+    except FileNotFoundError:
         raise ValueError(
             f"{folder} is not a folder of shards: it has no {NAME} (unfinished conversions have "
             "none; run convert again)"
-        )
-    try:
-        content = json.loads(path.read_bytes())
+        ) from None
+    except ConnectionError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -83,6 +78,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has version {content.get('version')!r:.40}, expected {VERSION}; convert again"
         )
     fields = {name: content.get(name) for name in Manifest.__dataclass_fields__}
+    # Shards from before there was `keys` came from files that had both lists.
+    if "keys" not in content and isinstance(fields["header"], dict):
+        fields["keys"] = [*fields["header"], *LISTS]
     absent = [name for name, value in fields.items() if value is None]
     if absent:
         raise ValueError(f"{path} is damaged: it has no {', '.join(absent)}")
@@ -133,6 +131,9 @@ def _inconsistency(manifest: Manifest) -> str | None:
         return f"annotations do not sum to {manifest.num_annotations}"
     if not isinstance(manifest.header, dict) or manifest.header.get("categories") is None:
         return "header must have categories"
+    keys = manifest.keys
+    if not isinstance(keys, list) or [k for k in keys if k not in LISTS] != [*manifest.header]:
+        return "keys must be those of the header, images and annotations"
     if manifest.categories != manifest.header["categories"]:
         return "categories differ from those in the header"
     if data_digest(manifest.header, [shard["sha256"] for shard in shards]) != manifest.digest:

@@ -1,5 +1,6 @@
 """What is in a folder of shards: classes, sizes and shapes of objects and images."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,13 +10,15 @@ import numpy as np
 
 from data_prep.checks import annotation_problems
 from data_prep.coco import category_ids
-from data_prep.export import stored_samples
+from data_prep.export import stored_records
 from data_prep.manifest import read_manifest
+from data_prep.storage import Location, folder_at
 
 # COCO's object sizes: the `area` field against these, in square pixels.
 SMALL, LARGE = 32**2, 96**2
 ASPECTS = (0.25, 0.5, 0.8, 1.25, 2.0, 4.0)  # edges of the classes of width / height
 MOST_BARS = 40  # classes in the plot
+BAR = 24  # characters
 
 
 @dataclass
@@ -39,12 +42,13 @@ class Statistics:
     heights: list[int] = field(default_factory=list)
 
 
-def collect(shards: Path) -> Statistics:
-    """Read every sample of a folder of shards.
+def collect(shards: Location) -> Statistics:
+    """Read the records of every sample of a folder of shards; path or fsspec URL.
 
     Raises:
         ValueError: the folder is unusable or damaged.
     """
+    folder = folder_at(shards)
     manifest = read_manifest(shards)
     ids = category_ids(manifest.categories, str(shards))
     # A lone surrogate is legal in JSON and cannot be printed.
@@ -52,11 +56,10 @@ def collect(shards: Path) -> Statistics:
     stats = Statistics(dict(zip(ids, names, strict=True)))
     known = frozenset(ids)
     samples = manifest.samples
-    order = sorted(range(manifest.num_images), key=samples["id"].__getitem__)
-    for i, sample in zip(order, stored_samples(shards, manifest, "stats"), strict=True):
+    for i, record in stored_records(folder, manifest, "stats"):
         width, height = samples["width"][i], samples["height"][i]
         seen = []
-        for annotation in sample.record["annotations"]:
+        for annotation in json.loads(record)["annotations"]:
             if any(annotation_problems(annotation, (width, height), known)):
                 stats.faulty += 1
                 continue
@@ -81,7 +84,10 @@ def collect(shards: Path) -> Statistics:
 def tables(stats: Statistics) -> str:
     """The statistics as plain-text tables."""
     total = len(stats.areas)
-    classes: list[tuple[object, ...]] = [("class", "id", "objects", "share", "images", "crowds")]
+    most = max(stats.objects.values(), default=0)
+    classes: list[tuple[object, ...]] = [
+        ("class", "id", "objects", "share", "images", "crowds", _bar(0, 0))
+    ]
     for number, name in sorted(stats.names.items(), key=lambda item: -stats.objects[item[0]]):
         count = stats.objects[number]
         classes.append(
@@ -92,22 +98,24 @@ def tables(stats: Statistics) -> str:
                 _share(count, total),
                 stats.images[number],
                 stats.crowds[number],
+                _bar(count, most),
             )
         )
     areas = np.array(stats.areas)
     small, large = int((areas < SMALL).sum()), int((areas >= LARGE).sum())
-    sizes: list[tuple[object, ...]] = [("size (area)", "objects", "share")]
+    sizes: list[tuple[object, ...]] = [("size (area)", "objects", "share", _bar(0, 0))]
     for name, count in (
         ("small  < 32x32", small),
         ("medium", total - small - large),
         ("large >= 96x96", large),
     ):
-        sizes.append((name, count, _share(count, total)))
+        sizes.append((name, count, _share(count, total), _bar(count, total)))
     edges = (0.0, *ASPECTS, np.inf)
-    aspects: list[tuple[object, ...]] = [("width / height", "objects", "share")]
+    aspects: list[tuple[object, ...]] = [("width / height", "objects", "share", _bar(0, 0))]
     counts = np.histogram(np.array(stats.aspects), edges)[0]
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        aspects.append((f"{low:g} to {high:g}", int(count), _share(int(count), total)))
+        share, bar = _share(int(count), total), _bar(int(count), total)
+        aspects.append((f"{low:g} to {high:g}", int(count), share, bar))
     images: list[tuple[object, ...]] = [("images", "least", "median", "mean", "most")]
     for name, values in (
         ("objects an image", stats.per_image),
@@ -129,6 +137,7 @@ def tables(stats: Statistics) -> str:
 def save_plots(stats: Statistics, folder: Path) -> list[Path]:
     """Write classes.png, sizes.png and images.png into `folder`; returns their paths."""
     from matplotlib.figure import Figure  # takes half a second, and only plots need it
+    from matplotlib.ticker import MaxNLocator
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("classes.png", "sizes.png", "images.png")]
@@ -143,6 +152,8 @@ def save_plots(stats: Statistics, folder: Path) -> list[Path]:
     labels = [stats.names[n].replace("$", r"\$")[:30] for n in ranked]
     axes.set_xticks(positions, labels, rotation=90 if len(ranked) > 8 else 0)
     axes.set_ylabel("count")
+    if len(ranked) < len(stats.names):
+        axes.set_title(f"the {len(ranked)} most frequent of {len(stats.names)} classes")
     axes.margins(y=0.2)
     axes.legend()
     figure.savefig(paths[0], dpi=120)
@@ -163,6 +174,7 @@ def save_plots(stats: Statistics, folder: Path) -> list[Path]:
     left, right = figure.subplots(1, 2)
     left.hist(stats.per_image, bins=np.arange(max(stats.per_image) + 2) - 0.5)
     left.set(xlabel="objects an image", ylabel="images")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.plot(stats.widths, stats.heights, ".", alpha=0.3)
     right.set(xlabel="image width (pixels)", ylabel="image height (pixels)")
     figure.savefig(paths[2], dpi=120)
@@ -173,10 +185,16 @@ def _share(count: int, total: int) -> str:
     return f"{100 * count / total:.1f}%" if total else "-"
 
 
+def _bar(count: int, full: int) -> str:
+    """A bar of a histogram, always of the same width; full at `full`."""
+    return ("#" * round(BAR * count / full) if full else "").ljust(BAR)
+
+
 def _table(rows: Iterable[tuple[object, ...]]) -> str:
     """Rows of cells as aligned text: the first column to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in cells
     )

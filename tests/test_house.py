@@ -48,6 +48,9 @@ def test_cluster_libraries_stay_in_their_layer():
         for file in sources(package):
             tops = {name.split(".")[0] for name in imports(file)}
             where = file.relative_to(ROOT).as_posix()
+            if where == "data_prep/on_ray.py":
+                # convert --ray: this one file, which is imported only when that is asked for.
+                tops -= {"ray"}
             if package != "jobs":
                 assert not tops & {"ray", "mlflow"}, where
             if where != "pipeline/engine.py":

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from data_prep.convert import convert
 from data_prep.export import export
+from data_prep.verify import verify
 
 numbers = st.one_of(
     st.integers(-(10**20), 10**20), st.floats(allow_nan=False, allow_infinity=False)
@@ -71,14 +72,15 @@ def coco_files(draw):
         "annotations": rows,
         "images": images,
     }
+    if not rows and draw(st.booleans()):
+        del content["annotations"]
     return {key: content[key] for key in draw(st.permutations(list(content)))}
 
 
 def canonical(content):
     """Up to the order of the two lists; JSON text, so that 1, 1.0 and true stay apart."""
-    ordered = content | {
-        key: sorted(content[key], key=lambda row: row["id"]) for key in ("images", "annotations")
-    }
+    lists = {"images", "annotations"} & set(content)
+    ordered = content | {key: sorted(content[key], key=lambda row: row["id"]) for key in lists}
     return json.dumps(ordered, sort_keys=True)
 
 
@@ -136,7 +138,70 @@ def test_drawn_data_comes_back_and_images_are_the_same_bytes(drawn, tmp_path):
     assert seen == len(files)
 
 
-def test_records_pass_as_text(small):
+# Each a part of a file as COCO publishes it: instances, person_keypoints and image_info.
+POLYGON = {"segmentation": [[1.5, 2, 9.25, 2, 9.25, 8]], "area": 23.25, "iscrowd": 0}
+CROWD = {"segmentation": {"counts": [272, 2, 4, 922], "size": [30, 40]}, "area": 6, "iscrowd": 1}
+COMPRESSED = {"segmentation": {"counts": "`0n1<N2N\\\\2O1", "size": [30, 40]}, "iscrowd": 1}
+KEYPOINTS = {"num_keypoints": 2, "keypoints": [3, 4, 2, 5, 6, 1, 0, 0, 0], **POLYGON}
+PERSON = {
+    "supercategory": "person",
+    "id": 3,
+    "name": "person",
+    "keypoints": ["nose", "left_eye", "right_eye"],
+    "skeleton": [[1, 2], [2, 3]],
+}
+
+
+@pytest.mark.parametrize("with_annotations", [True, False])
+def test_the_kinds_of_files_that_coco_has(small, encoded, tmp_path, with_annotations):
+    content = {
+        "info": {"description": "COCO 2017 Dataset", "year": 2017, "version": "1.0"},
+        "licenses": [{"url": "http://x", "id": 2, "name": "b"}, {"id": 1, "name": "a"}],
+        "videos": [{"id": 9}],
+        "images": [],
+        "annotations": [],
+        "categories": [PERSON, {"id": 1, "name": "é 猫"}],
+    }
+    for i, name in enumerate(("naïve 猫 😀.jpg", "e\u0301.jpg", "%41#?&.jpg", "a b'\"\\.jpg")):
+        (small.images / name).write_bytes(encoded(seed=i))
+        times = {"date_captured": "2013-11-14 17:02:52", "license": 2 - i % 2}
+        record = {"file_name": name, "height": 30, "width": 40, "id": 7 * i, **times}
+        content["images"].append(record)
+    for i, kind in enumerate((POLYGON, CROWD, COMPRESSED, KEYPOINTS)):
+        known = {"image_id": 7 * (i % 3), "bbox": [1.5, 2, 7.75, 6], "category_id": 3, "id": 50 - i}
+        content["annotations"].append(kind | known)
+    if not with_annotations:
+        del content["annotations"]
+    small.save(content)
+    result = convert(*small.arguments)
+    assert result.problems == []
+    assert result.manifest.num_annotations == 4 * with_annotations
+    export(small.output, tmp_path / "out.json")
+    exported = json.loads((tmp_path / "out.json").read_text())
+    assert canonical(exported) == canonical(content)
+    assert list(exported) == list(content)
+    for key in ("info", "licenses", "categories", "videos"):
+        assert json.dumps(exported[key]) == json.dumps(content[key])
+    with tarfile.open(small.output / "shard-000000.tar") as tar:
+        for image in content["images"]:
+            stored = tar.extractfile(f"{image['id']:012d}.jpg").read()
+            assert stored == (small.images / image["file_name"]).read_bytes()
+    assert verify(small.output, decode=True) == []
+
+
+def test_a_manifest_from_before_there_were_keys_is_read(small, tmp_path):
+    content = small()
+    convert(*small.arguments)
+    path = small.output / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("keys") == ["info", "categories", "images", "annotations"]
+    path.write_text(json.dumps(manifest))
+    export(small.output, tmp_path / "out.json")
+    assert canonical(json.loads((tmp_path / "out.json").read_text())) == canonical(content)
+    assert not convert(*small.arguments).fresh
+
+
+def test_records_pass_as_text(small, tmp_path):
     """Number formats and repeated keys, which a JSON parser would not keep."""
     content = small(1)
     text = json.dumps(content).replace('"area": 90.5', '"area": 9.050e1, "x": 1, "x": NaN')
@@ -145,6 +210,8 @@ def test_records_pass_as_text(small):
     with tarfile.open(small.output / "shard-000000.tar") as tar:
         record = tar.extractfile("000000000010.json").read().decode()
     assert '"area": 9.050e1, "x": 1, "x": NaN' in record
+    export(small.output, tmp_path / "out.json")
+    assert '"area": 9.050e1, "x": 1, "x": NaN' in (tmp_path / "out.json").read_text()
 
 
 def test_export_leaves_out_quarantined_images_and_keeps_orphans(small, tmp_path, command):

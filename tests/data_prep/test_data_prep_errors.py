@@ -26,6 +26,11 @@ def test_a_misspelled_command_and_option_fail(command):
     assert "--output" in result.stderr
 
 
+def test_a_misspelled_option_is_one_line_without_line_characters_too(command, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    fails(command("stats", "x", "--outptu", "y"), "--output")
+
+
 def fails(result, message):
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
@@ -66,7 +71,19 @@ def test_strict_and_damage_at_the_command_line(small, command):
     result = run_convert(command, small)
     assert result.returncode == 0
     assert "missing image      1  image 10" in result.stdout
-    assert "3 images with 3 annotations in 1 shards; 1 images left out" in result.stdout
+    assert (
+        "3 images with 3 annotations in 1 shards; left out: 1 images with 1 annotations"
+        in result.stdout
+    )
+    result = command("verify", small.output, "--output", small.output / "v" / "report.json")
+    assert result.returncode == 0
+    assert "image left out      1  image 10" in result.stdout
+    report = json.loads((small.output / "v" / "report.json").read_text())
+    assert report["counts"] == {"image left out": 1}
+    assert report["problems"][0]["image_id"] == 10
+    result = command("verify", small.output, "--strict")
+    assert result.returncode == 2
+    assert "--strict: 1 findings" in result.stderr
     shard = small.output / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     result = command("verify", small.output)
@@ -95,8 +112,7 @@ GOOD_REST = '"annotations": [], "categories": [{"id": 1, "name": "a"}]'
         ("{" + GOOD_IMAGES + "," + GOOD_REST + ",}", "not valid JSON"),
         ("{1: 2}", "not valid JSON: Expecting a property name"),
         ("[]", "the top level must be an object"),
-        ("{}", "no images and no annotations and no categories"),
-        ("{" + GOOD_IMAGES + ', "categories": [{"id": 1, "name": "a"}]}', '"annotations": []'),
+        ("{}", "no images and no categories"),
         ("{" + GOOD_IMAGES + ', "annotations": []}', "it has no categories"),
         ('{"images": {}, ' + GOOD_REST + "}", "images must be a list"),
         ('{"images": [], ' + GOOD_REST + "}", "lists no images"),
@@ -104,9 +120,7 @@ GOOD_REST = '"annotations": [], "categories": [{"id": 1, "name": "a"}]'
         ('{"images": [{"id": "1", "file_name": "a"}], ' + GOOD_REST + "}", "integer id"),
         ('{"images": [{"id": true, "file_name": "a"}], ' + GOOD_REST + "}", "integer id"),
         ('{"images": [{"id": 9223372036854775808}], ' + GOOD_REST + "}", "below 2^63"),
-        ('{"images": [{"id": 1}], ' + GOOD_REST + "}", "needs a file_name"),
-        ('{"images": [{"id": 1, "file_name": "a", "width": -4}], ' + GOOD_REST + "}", "width -4"),
-        ('{"images": [{"id": 1, "file_name": "a", "height": NaN}], ' + GOOD_REST + "}", "height"),
+        ('{"images": [{"id": 1}], ' + GOOD_REST + "}", "need a file_name"),
         ("{" + GOOD_IMAGES + "," + GOOD_IMAGES + "," + GOOD_REST + "}", "twice"),
         ('{"a": 1, "a": 2, ' + GOOD_IMAGES + "," + GOOD_REST + "}", 'key "a" is there twice'),
         ("{" + GOOD_IMAGES + ', "annotations": [[]], "categories": []}', "hold objects"),
@@ -143,7 +157,7 @@ def test_a_byte_order_mark_and_odd_spacing_are_fine(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     coco = read_coco(path)
     assert [image.id for image in coco.images] == [1]
-    assert json.loads(coco.sample_json(coco.images[0])) == {
+    assert json.loads(coco.sample_json(0)) == {
         "image": {"id": 1, "file_name": "a"},
         "annotations": [],
     }

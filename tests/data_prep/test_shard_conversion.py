@@ -1,8 +1,10 @@
 import fcntl
 import hashlib
+import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +17,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep.checks import decode_image, read_image_header
+from data_prep.checks import TruncatedImage, decode_image, read_image_header
 from data_prep.convert import convert
 from data_prep.manifest import COLUMNS, read_manifest
+from data_prep.verify import verify
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,15 +169,16 @@ def test_killed_and_run_again_gives_the_same_bytes(drawn, shards, tmp_path):
     code = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
-        "import data_prep.convert as c\n"
-        "write, count = c.encode_member, 0\n"
+        "import data_prep.write as w\n"
+        "from data_prep.convert import convert\n"
+        "header, count = w.member_header, 0\n"
         "def counted(*a):\n"
         "    global count\n"
         "    count += 1\n"
         "    if count == 250: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return write(*a)\n"
-        "c.encode_member = counted\n"
-        "c.convert(*map(Path, sys.argv[1:]), samples_per_shard=50)\n"
+        "    return header(*a)\n"
+        "w.member_header = counted\n"
+        "convert(*map(Path, sys.argv[1:]), samples_per_shard=50)\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", code, images, annotations, output], cwd=ROOT, timeout=60
@@ -190,6 +194,31 @@ def test_killed_and_run_again_gives_the_same_bytes(drawn, shards, tmp_path):
     convert(images, annotations, output, samples_per_shard=50)
     assert contents(output) == contents(shards)
     assert all((output / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
+
+
+def test_killed_with_its_workers_at_work_and_run_again_gives_the_same_bytes(drawn, tmp_path):
+    """Killed from outside as soon as a shard is finished, twice; each time by other workers."""
+    images, annotations, output = arguments(drawn, tmp_path / "killed")
+    convert(images, annotations, tmp_path / "whole", samples_per_shard=2)
+    for kill, workers in enumerate((2, 3), start=1):
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "data_prep", "convert", "--images", images),
+                *("--annotations", annotations, "--output", output),
+                *("--samples-per-shard", "2", "--workers", str(workers)),
+            ],
+            cwd=ROOT,
+        )
+        while len(list(output.glob(".convert/shard-*.json"))) < 5 * kill:
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert not (output / "manifest.json").exists()
+    # What a power cut may leave: a shard of the right size without its content.
+    kept = sorted(output.glob("shard-*.tar"))
+    kept[0].write_bytes(bytes(kept[0].stat().st_size))
+    convert(images, annotations, output, samples_per_shard=2, workers=2)
+    assert contents(output) == contents(tmp_path / "whole")
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):
@@ -270,7 +299,7 @@ def test_image_formats_keep_their_extension(small, encoded):
 
 
 def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out(small):
-    content = small(12)
+    content = small(19)
     jpeg = (small.images / "2.jpg").read_bytes()
     (small.images / "0.jpg").unlink()
     (small.images / "1.jpg").write_bytes(b"")
@@ -286,6 +315,13 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
     rows[9]["bbox"] = None
     rows[10]["category_id"] = 4
     rows[11]["id"] = rows[10]["id"]
+    rows[12]["bbox"] = [20, 20, -5, 5]
+    rows[13]["segmentation"] = [[1, 2, float("nan"), 4, 5, 6]]
+    rows[14]["bbox"] = [-3, 1, 10, 5]
+    content["images"][15]["width"] = float("nan")
+    content["images"][16]["height"] = -30
+    content["images"][17]["width"] = "40"
+    content["images"][18]["exposure"] = float("-inf")
     rows.append(rows[5] | {"id": 200, "image_id": 999})
     rows.append(rows[5] | {"id": None})
     rows.append(rows[5] | {"id": 201, "area": float("inf"), "bbox": [35, 25, 5.9, 5.9]})
@@ -295,7 +331,7 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
     assert found == {
         ("missing image", 10, None),
         ("corrupt image", 11, None),
-        ("corrupt image", 12, None),
+        ("truncated image", 12, None),
         ("corrupt image", 13, None),
         ("size mismatch", 14, None),
         ("duplicate image id", 15, None),
@@ -305,22 +341,97 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
         ("box outside image", 18, 108),
         ("no box", 19, 109),
         ("unknown category", 20, 110),
+        ("degenerate box", 22, 112),
+        ("non-finite number", 23, 113),
+        ("box outside image", 24, 114),
+        ("size mismatch", 25, None),
+        ("size mismatch", 26, None),
+        ("size mismatch", 27, None),
+        ("non-finite number", 28, None),
         ("duplicate annotation id", 21, 110),
         ("annotation without image", None, 200),
         ("invalid annotation id", 15, None),
         ("non-finite number", 15, 201),
     }
     details = {p.image_id: p.detail for p in result.problems if p.image_id in (12, 13, 14)}
-    assert "truncated" in details[12]
+    assert "no end-of-image marker" in details[12]
     assert "not an image" in details[13]
     assert "turned" in details[14]
     manifest = read_manifest(small.output)
-    assert sorted(manifest.samples["id"]) == [15, 16, 17, 18, 19, 20, 21]
-    assert [q["image_id"] for q in manifest.quarantined] == [11, 12, 13, 15, 10, 60, 14]
-    assert manifest.num_annotations == 9
+    assert sorted(manifest.samples["id"]) == [15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 28]
+    assert [q["image_id"] for q in manifest.quarantined] == [11, 13, 15, 10, 60, 14, 25, 26, 27, 12]
+    assert manifest.num_annotations == 13
+    # Every annotation is in a shard, left out with its image, or an orphan.
+    lost = sum(q["annotations"] for q in manifest.quarantined)
+    orphans = len(manifest.orphan_annotations)
+    assert manifest.num_annotations + lost + orphans == len(content["annotations"])
     report = json.loads((small.output / "report.json").read_text())
     assert len(report["problems"]) == len(result.problems)
-    assert report["counts"]["corrupt image"] == 3
+    assert report["counts"]["corrupt image"] == 2
+    assert {"kind", "image_id", "annotation_id", "detail"} == set(report["problems"][0])
+    # Verifying finds what is in the shards again, and says what is not.
+    again = {(p.kind, p.image_id, p.annotation_id) for p in verify(small.output)}
+    left_out = {("image left out", q["image_id"], None) for q in manifest.quarantined}
+    reasons = {"missing image", "corrupt image", "truncated image", "size mismatch"}
+    assert again == left_out | {row for row in found if row[0] not in reasons} - {
+        ("duplicate image id", 15, None)
+    }
+
+
+def script(name):
+    """A file beside this one that is no test, as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_measurement_at_cocos_size_works_at_a_small_one(tmp_path):
+    folder = tmp_path / "input"
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "tests/data_prep/coco_size.py", folder, "--images", "30"),
+            *("--kilobytes", "400", "--rounds", "2", "--cold"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "30 images, 0.01 GB; annotations 0 MB" in done.stdout
+    assert re.search(r"round 2: convert \d+\.\d s, \d+\.\d s of CPU, peak 0\.\d\d GiB", done.stdout)
+    assert re.search(r"convert / tar: median \d+\.\d+ of (\d+\.\d\d(, )?){2}", done.stdout)
+    assert {path.name for path in folder.iterdir()} == {"images", "pool", "instances.json"}
+    content = json.loads((folder / "instances.json").read_text())
+    assert len(content["images"]) == 30
+    assert len(content["annotations"]) == 30 * 860_001 // 118_287
+    assert {path.stat().st_nlink for path in (folder / "images").iterdir()} == {2}
+
+
+def test_the_two_faulty_annotations_of_train2017_are_reported(small):
+    """As published; see tests/data_prep/coco_size.py."""
+    coco_size = script("coco_size")
+    spec = importlib.util.spec_from_file_location(
+        "coco_size", ROOT / "tests/data_prep/coco_size.py"
+    )
+    coco_size = importlib.util.module_from_spec(spec)
+    sys.modules["coco_size"] = coco_size
+    spec.loader.exec_module(coco_size)
+    content = small(2)
+    pool = coco_size.pictures(400)
+    for i, row in enumerate(coco_size.FAULTY):
+        data, width, height = pool[i]
+        (small.images / f"{i}.jpg").write_bytes(data)
+        size = {"width": width, "height": height, "id": row["image_id"]}
+        content["images"][i] |= size
+    content["annotations"] = list(coco_size.FAULTY)
+    content["categories"] = [{"id": i, "name": str(i)} for i in coco_size.CATEGORIES]
+    small.save(content)
+    expected = {("degenerate box", 200365, 918), ("degenerate box", 550395, 2206849)}
+    for problems in (convert(*small.arguments).problems, verify(small.output)):
+        assert {(p.kind, p.image_id, p.annotation_id) for p in problems} == expected
 
 
 def test_strict_fails_and_without_it_the_work_is_kept(small):
@@ -356,9 +467,9 @@ def test_truncation_is_seen_behind_a_thumbnail(encoded):
     assert read_image_header(data) == ("jpg", 60, 60)
     assert read_image_header(data + b"trailing bytes") == ("jpg", 60, 60)
     for cut in (len(data) - 2, len(data) // 2):
-        with pytest.raises(ValueError, match="truncated"):
+        with pytest.raises(TruncatedImage):
             read_image_header(data[:cut])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(TruncatedImage):
         read_image_header(encoded(kind="PNG")[:-20])
 
 

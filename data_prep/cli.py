@@ -1,0 +1,249 @@
+"""The command line of the package: options, what is printed, and exit statuses."""
+
+import contextlib
+import difflib
+import functools
+import io
+import sys
+from collections.abc import Callable
+from itertools import dropwhile
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from data_prep.checks import report, summary_table
+from data_prep.convert import REPORT
+from data_prep.convert import convert as convert_shards
+from data_prep.export import export as export_annotations
+from data_prep.parallel import default_workers
+from data_prep.stats import collect, save_plots, tables
+from data_prep.synthesize import synthesize as draw_data_set
+from data_prep.verify import DAMAGE
+from data_prep.verify import verify as verify_shards
+
+WORKERS = default_workers()
+Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+AnyFolder = Annotated[str, tyro.conf.arg(metavar="DIR|URL")]
+AnyFile = Annotated[str, tyro.conf.arg(metavar="FILE|URL")]
+
+
+def synthesize(
+    output: Folder, train: int = 2000, val: int = 200, seed: int = 0, workers: int = WORKERS
+) -> None:
+    """Draw a small data set of shapes in COCO format.
+
+    Example: python -m data_prep synthesize --output outputs/shapes --train 2000 --val 200
+
+    Args:
+        output: New folder for train/, val/ and annotations/.
+        train: Pictures in the training split.
+        val: Pictures in the validation split.
+        seed: Equal seeds give equal files.
+        workers: Processes; the files do not depend on it.
+    """
+    if draw_data_set(output, train, val, seed, workers):
+        print(f"{output}: drew {train} training and {val} validation pictures")
+    else:
+        print(f"{output}: these pictures are there already, nothing to do")
+
+
+def convert(
+    images: AnyFolder,
+    annotations: AnyFile,
+    output: AnyFolder,
+    shard_size_mb: int = 256,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    workers: int = WORKERS,
+    ray: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[ADDRESS]")] = None,
+    strict: bool = False,
+) -> None:
+    """Convert COCO-format images and annotations to WebDataset shards.
+
+    Example: python -m data_prep convert --images coco/train2017 --annotations
+    coco/annotations/instances_train2017.json --output shards/train2017
+
+    Args:
+        images: Folder that the file names in the annotations are relative to.
+        annotations: Annotation file in COCO's JSON format.
+        output: New folder for the shards; an interrupted conversion is continued.
+        shard_size_mb: Start another shard at this size in MiB...
+        samples_per_shard: ...or at this number of images.
+        seed: Images are shuffled by it.
+        workers: Processes; the shards do not depend on it.
+        ray: Write the shards on a Ray cluster: host:port, ray://host:port, "local" to start one
+            for this command, or without an address that of RAY_ADDRESS or this machine. All its
+            machines must see the folders.
+        strict: Fail on any problem, instead of leaving unusable images out.
+    """
+    if ray is not None and len(ray) > 1:
+        raise ValueError(f"--ray takes one address, got {' '.join(ray)}")
+    result = convert_shards(
+        images,
+        annotations,
+        output,
+        shard_size_mb=shard_size_mb,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        workers=workers,
+        ray=None if ray is None else (*ray, "auto")[0],
+        strict=strict,
+    )
+    manifest = result.manifest
+    if not result.fresh:
+        print(f"{output}: these shards are there already, nothing to do")
+    if result.problems:
+        print(summary_table(result.problems))
+        print(f"details: {output}/{REPORT}")
+    # Shards of earlier versions do not know how many annotations were left out.
+    lost = sum(row.get("annotations", 0) for row in manifest.quarantined)
+    print(
+        f"{output}: {manifest.num_images} images with {manifest.num_annotations} annotations in "
+        f"{len(manifest.shards)} shards; left out: {len(manifest.quarantined)} images with {lost} "
+        "annotations"
+    )
+    print(f"digest {manifest.digest}")
+
+
+def export(shards: tyro.conf.Positional[AnyFolder], output: AnyFile) -> None:
+    """Write back the annotation file that shards were made from.
+
+    Example: python -m data_prep export shards/train2017 --output instances_train2017.json
+
+    Args:
+        shards: Folder made by convert.
+        output: Annotation file to write; must not exist.
+    """
+    manifest = export_annotations(shards, output)
+    count = manifest.num_annotations + len(manifest.orphan_annotations)
+    print(f"{output}: {manifest.num_images} images, {count} annotations")
+    if manifest.quarantined:
+        first = ", ".join(str(row["image_id"]) for row in manifest.quarantined[:5])
+        print(
+            f"not in it: {len(manifest.quarantined)} images that conversion left out, with their "
+            f"annotations (ids {first}{', ...' if len(manifest.quarantined) > 5 else ''})"
+        )
+
+
+def verify(
+    shards: tyro.conf.Positional[AnyFolder],
+    decode: bool = False,
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    strict: bool = False,
+    workers: int = WORKERS,
+) -> None:
+    """Check shards against their manifest, and what is in them; status 2 if they are damaged.
+
+    Example: python -m data_prep verify shards/train2017 --output report.json
+
+    Args:
+        shards: Folder made by convert.
+        decode: Decode every image too, which finds damage that was there before converting.
+        output: Write all findings there as JSON.
+        strict: Fail on any finding, not on damage only.
+        workers: Processes.
+    """
+    problems = verify_shards(shards, decode=decode, workers=workers)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(report(problems))
+    if problems:
+        print(summary_table(problems))
+        if output is not None:
+            print(f"details: {output}")
+    damage = [problem for problem in problems if problem.kind in DAMAGE]
+    if damage:
+        raise ValueError(
+            f"{shards} is damaged, {len(damage)} findings, the first: "
+            f"{damage[0].kind}: {damage[0].detail}"
+        )
+    if strict and problems:
+        raise ValueError(
+            f"--strict: {len(problems)} findings in {shards}, the first: "
+            f"{problems[0].kind}: {problems[0].detail}"
+        )
+    print(f"{shards}: shards, index and samples are as the manifest says")
+
+
+def stats(
+    shards: tyro.conf.Positional[AnyFolder],
+    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+) -> None:
+    """Print tables of classes, sizes and shapes, and save plots of them.
+
+    Example: python -m data_prep stats shards/train2017 --output outputs/stats
+
+    Args:
+        shards: Folder made by convert.
+        output: Folder for the plots; without it, no plots.
+    """
+    collected = collect(shards)
+    print(tables(collected))
+    if output is not None:
+        print("plots: " + ", ".join(str(path) for path in save_plots(collected, output)))
+
+
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A function of the same options that only says what is to be run."""
+
+    @functools.wraps(command)
+    def chosen(*args: Any, **options: Any) -> Callable[[], None]:
+        return lambda: command(*args, **options)
+
+    return chosen
+
+
+def parse() -> Callable[[], None]:
+    """What the command line asks for. A mistake in it is one line and exit status 2."""
+    commands = {c.__name__: _deferred(c) for c in (synthesize, convert, export, verify, stats)}
+    given = sys.argv[1] if len(sys.argv) > 1 else ""
+    if given and not given.startswith("-") and given not in commands:
+        nearest = difflib.get_close_matches(given, commands, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        print(f"error: unknown command {given!r}: {hint}expected one of {', '.join(commands)}",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="python -m data_prep",
+                description="COCO-format data to WebDataset shards and back.",
+            )
+    except SystemExit as stop:
+        if stop.code:
+            print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
+        raise
+
+
+def _one_line(panel: str) -> str:
+    """tyro's framed message as one line: what is wrong, and the option it might have meant."""
+    # Where the terminal has no line characters, the frame is a rule of hyphens below the title.
+    rows = [line.strip("│╭╰╮╯ ") for line in panel.splitlines()][1:]
+    rows = list(dropwhile(_is_rule, rows))
+    rule = next((i for i, row in enumerate(rows) if _is_rule(row)), len(rows))
+    missing = [row.split()[0] for row in rows[:rule] if row.startswith("--")]
+    nearest = [row.split()[0] for row in rows[rule:] if row.startswith("--") and not _is_rule(row)]
+    message = " ".join(row for row in rows[:rule] if row and not row.startswith("--"))
+    if missing:
+        message = f"{rows[0]} {', '.join(missing)}"
+    return f"{message}; did you mean {nearest[0]}?" if nearest else message
+
+
+def _is_rule(row: str) -> bool:
+    return len(row) > 2 and set(row) <= {"─", "-"}
+
+
+def main() -> None:
+    """Run a subcommand; a user's mistake is one line on stderr and exit status 2."""
+    run = parse()
+    try:
+        run()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
