@@ -198,7 +198,8 @@ class RunConfig:
 
     @staticmethod
     def from_json(text: str) -> "RunConfig":
-        """The config that `to_json` wrote; a field that is unknown or missing raises ValueError."""
+        """The config that `to_json` wrote. A field that an older version did not have yet takes its
+        default; an unknown one raises ValueError."""
         return _from_dict(RunConfig, json.loads(text), "config")
 
     def digest(self) -> str:
@@ -215,9 +216,12 @@ class RunConfig:
 def _from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
     """A dataclass from nested dictionaries, as JSON gives them (lists stand for tuples)."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown, missing = sorted(set(values) - set(fields)), sorted(set(fields) - set(values))
-    if unknown or missing:
-        raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}")
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(
+            f"{where}: got {', '.join(unknown)}, expected fields of this version only; "
+            f"it was written by a newer one"
+        )
     arguments = {}
     for name, value in values.items():
         kind = fields[name].type

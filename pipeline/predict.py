@@ -34,7 +34,10 @@ class Detector:
         if not path.exists():
             raise UserError(f"checkpoint {str(path)!r} does not exist")
         content = load_model(path)
-        config = RunConfig.from_json(content["config"])
+        try:
+            config = RunConfig.from_json(content["config"])
+        except ValueError as error:
+            raise UserError(f"checkpoint {path}: {error}") from None
         config = replace(config, engine=replace(config.engine, device=device))
         if device != "cuda" and not torch.cuda.is_available() and config.engine.precision == "fp16":
             config = replace(config, engine=replace(config.engine, precision="fp32"))
