@@ -46,11 +46,14 @@ def local_cluster() -> Iterator[str]:
         RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
         RAY_DISABLE_IMPORT_WARNING="1",
     )
-    port, dashboard, low = _free_ports()
+    # All of them free ones: another cluster of this machine may have Ray's own defaults.
+    port, dashboard, agent, client, seed = _free_ports(5)
+    low = 10000 + seed % 100 * 200
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
         "--node-ip-address=127.0.0.1", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
         f"--min-worker-port={low}", f"--max-worker-port={low + 200}",
         f"--num-cpus={max(2, available_cpus())}", f"--temp-dir={folder}",
         "--disable-usage-stats",
@@ -69,13 +72,13 @@ def local_cluster() -> Iterator[str]:
         yield address
 
 
-def _free_ports() -> tuple[int, int, int]:
-    """Ports for the control store and the dashboard, and the first of 200 for workers."""
-    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
-        for s in (a, b, c):
-            s.bind(("127.0.0.1", 0))
-        port, dashboard, seed = (s.getsockname()[1] for s in (a, b, c))
-    return port, dashboard, 10000 + seed % 100 * 200
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def _die_with_parent() -> None:

@@ -3,9 +3,11 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +30,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 @pytest.fixture(scope="module")
 def cluster():
     before = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    with local_cluster() as address:
-        yield address
+    with socket.socket() as other:
+        with suppress(OSError):  # taken already: as good
+            other.bind(("", 52365))  # where the agent of another user's cluster listens
+            other.listen()
+        with local_cluster() as address:
+            yield address
     for key, value in before.items():
         if value is None:
             os.environ.pop(key, None)
