@@ -227,8 +227,9 @@ def _one_line(panel: str) -> str:
     missing = [row.split()[0] for row in rows[:rule] if row.startswith("--")]
     nearest = [row.split()[0] for row in rows[rule:] if row.startswith("--") and not _is_rule(row)]
     message = " ".join(row for row in rows[:rule] if row and not row.startswith("--"))
-    if missing:
-        message = f"{rows[0]} {', '.join(missing)}"
+    if missing:  # what tyro lists then are the options given that it does not know
+        given = f"; got {', '.join(nearest)}, which is none" if nearest else ""
+        return f"{rows[0]} {', '.join(missing)}{given}"
     return f"{message}; did you mean {nearest[0]}?" if nearest else message
 
 

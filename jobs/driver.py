@@ -17,7 +17,6 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from jobs.progress import ProgressPrinter
 from jobs.spec import SPEC_VARIABLE, JobSpec
 from jobs.summary import summary
 from jobs.tracking import Forwarder, default_tracking_uri
@@ -25,6 +24,7 @@ from pipeline.config import RunConfig
 from pipeline.data.loader import micro_batch_size, steps_per_epoch
 from pipeline.dataset import open_dataset
 from pipeline.errors import UserError
+from pipeline.progress import ProgressPrinter
 
 # Failures that would come again with every restart.
 PERMANENT = (UserError, FloatingPointError, ImportError)

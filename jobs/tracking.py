@@ -10,8 +10,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from jobs.follow import Tail
 from pipeline.config import RunConfig
+from pipeline.follow import Tail
 
 logger = logging.getLogger(__name__)
 PAUSE = 2.0  # seconds between two looks at the file

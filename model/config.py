@@ -32,7 +32,8 @@ class ModelConfig:
     `num_classes` (column 0 is the background), the backbone, `hidden_dim` (of the FPN),
     `feedforward_dim` (of the box head), `anchor_cells` and `sampled_proposals` alone."""
     num_classes: int = 91
-    """Columns of the classification head. COCO's own category ids end at 90, hence 91."""
+    """Columns of the classification head. COCO's own category ids end at 90, hence 91. Training
+    takes it from the data, whatever is given here."""
     num_queries: int = 300
     """Detections per image before the top ones are taken; in two-stage the proposals kept."""
     backbone: BackboneName = "resnet50"

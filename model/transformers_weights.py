@@ -153,8 +153,9 @@ def _config_of(model: nn.Module) -> ModelConfig:
     """The model's configuration, if transformers has such a model."""
     if not isinstance(model, DeformableDETR | DenseDETR) or not isinstance(model.backbone, ResNet):
         raise ValueError(
-            f"transformers weights: got {type(model).__name__}, expected a Deformable DETR or a "
-            "DETR with a ResNet or ResNeXt backbone"
+            f"transformers weights: got {type(model).__name__} with backbone "
+            f"{getattr(model.config, 'backbone', None)}, expected a Deformable DETR or a DETR "
+            "with a ResNet or ResNeXt backbone"
         )
     config = model.config
     needed: dict[str, Any] = {"neck": "plain", "level_exchange": True}

@@ -155,7 +155,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # a file of another kind trips the reader in every way there is
         raise ValueError(
-            f"{path}: {_unread(error)}; expected a state dict by torch.save"
+            f"{path}: {why_unread(error)}; expected a state dict by torch.save"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
@@ -164,7 +164,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return content
 
 
-def _unread(error: Exception) -> str:
+def why_unread(error: Exception) -> str:
     """Why a file is no state dict. torch's own words would propose to run the code in it."""
     named = re.search(r"(?:GLOBAL|whose module) (\S+)", str(error))
     if named and isinstance(error, pickle.UnpicklingError):

@@ -1,7 +1,9 @@
 """`python -m pipeline train|evaluate|predict|export|replay|benchmark-step|benchmark-data|…`."""
 
 import json
+import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,7 +35,8 @@ class EvaluateOptions:
     tta_sides: tuple[int, ...] = ()
     """With --tta: the shorter sides, in pixels, in which each image is seen. Empty: as trained."""
     device: str = "auto"
-    batch_size: int = 8
+    batch_size: int = 0
+    """Images in one forward pass. 0: as in the run's own evaluations."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +125,18 @@ def run_train(args: list[str]) -> None:
         output=REQUIRED,
     )
     from pipeline.engine import stop_process_group
+    from pipeline.progress import printed_progress
     from pipeline.train import train
 
-    try:
-        best = train(options.config, options.output)
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}")
+    first = os.environ.get("RANK", "0") == "0"
+    with printed_progress(options.output, options.config.recipe) if first else nullcontext():
+        try:
+            best = train(options.config, options.output)
+        except FloatingPointError as error:
+            sys.exit(f"error: {error}")
     stop_process_group()
-    print(f"best checkpoint: {best}")
+    if first:
+        print(f"best checkpoint: {best}")
 
 
 def run_evaluate(args: list[str]) -> None:
@@ -148,7 +155,9 @@ def run_evaluate(args: list[str]) -> None:
 
     detector = Detector.load(options.checkpoint, options.device)
     config = detector.config
-    config = replace(config, optimizer=replace(config.optimizer, batch_size=options.batch_size))
+    if options.batch_size:
+        engine = replace(config.engine, evaluation_batch=options.batch_size)
+        config = replace(config, engine=engine)
     shards = detector.open(options.data)
     truth = ground_truth(shards)
     if not truth.anns and not options.output:
@@ -174,8 +183,8 @@ def check_evaluation(options: EvaluateOptions) -> None:
         raise UserError("--tta-sides: got sizes without --tta, which they are for")
     if any(side < 1 for side in options.tta_sides):
         raise UserError(f"--tta-sides: got {options.tta_sides}, expected pixels, 1 or more")
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size: got {options.batch_size}, expected 1 or more")
+    if options.batch_size < 0:
+        raise UserError(f"--batch-size: got {options.batch_size}, expected 0 or more")
     if options.output and not options.output.parent.is_dir():
         raise UserError(f"--output: folder {str(options.output.parent)!r} does not exist")
 
@@ -188,6 +197,7 @@ def run_predict(args: list[str]) -> None:
         "Draws a checkpoint's predictions beside the ground truth.\n\nExample: "
         "python -m pipeline predict --checkpoint runs/r50 --data shards/val --output out.png",
     )
+    check_picture(options.output)
     from pipeline.predict import Detector
     from pipeline.visualize import draw_predictions
 
@@ -198,6 +208,15 @@ def run_predict(args: list[str]) -> None:
         options.output, options.count, options.threshold,
     )  # fmt: skip
     print(f"saved {options.output}")
+
+
+def check_picture(output: Path) -> None:
+    """Raises `UserError` where no picture can be saved."""
+    known = (".png", ".jpg", ".jpeg", ".webp")
+    if output.is_dir() or output.suffix.lower() not in known:
+        raise UserError(f"--output: got {output}, expected a file ending in {', '.join(known)}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: folder {str(output.parent)!r} does not exist")
 
 
 def run_export(args: list[str]) -> None:

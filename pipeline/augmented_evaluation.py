@@ -68,7 +68,7 @@ def _sizes(
     augments = [at_size(config, side).augment for side in sides] or [config.augment]
     workers = -(-config.engine.loader_workers // len(augments))
     engine = replace(config.engine, loader_workers=workers)
-    size, pin_memory = config.optimizer.batch_size, device.type == "cuda"
+    size, pin_memory = config.engine.evaluation_batch, device.type == "cuda"
     # Batches are made of images of like original shape, so that they are the same in all sizes.
     loaders = [
         evaluation_batches(

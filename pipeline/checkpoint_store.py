@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from model.weights import why_unread
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -73,6 +75,11 @@ def _write(text: str, file: Path) -> None:
         os.fsync(opened.fileno())
 
 
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of all checkpoints that the run folder has, intact or not."""
+    return [int(path.name[5:]) for path in sorted((folder / "checkpoints").glob("step-*[0-9]"))]
+
+
 def newest_intact(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint of the run folder that matches its manifest. `warn(message)` is told of
     every one that had to be passed over."""
@@ -126,12 +133,7 @@ def load_model(path: Path) -> dict[str, Any]:
     """
     file = path
     if (path / "checkpoints").is_dir():
-        best = path / "best.json"
-        name = json.loads(best.read_text())["checkpoint"] if best.exists() else None
-        chosen = path / "checkpoints" / name if name else newest_intact(path, lambda _: None)
-        if chosen is None:
-            raise UserError(f"run folder {path} holds no intact checkpoint yet")
-        file = chosen
+        file = _best_or_newest(path)
     if file.is_dir():
         file = file / "model.pt"
     if not file.exists():
@@ -140,9 +142,27 @@ def load_model(path: Path) -> dict[str, Any]:
             f"its checkpoints/, or a model.pt"
         )
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{file} cannot be read as a checkpoint: {error}") from None
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of another kind trips the reader in every way there is
+        raise UserError(f"{file} cannot be read as a checkpoint: {why_unread(error)}") from None
+    if not isinstance(content, dict) or "model" not in content:
+        raise UserError(f"{file} is not a model.pt; give the checkpoint's folder or its model.pt")
+    return content
+
+
+def _best_or_newest(run: Path) -> Path:
+    """The best checkpoint of a run folder, the newest where there is no best that is intact."""
+    best = run / "best.json"
+    if best.exists():
+        path: Path = run / "checkpoints" / json.loads(best.read_text())["checkpoint"]
+        problem = check(path)
+        if problem is None:
+            return path
+        print(f"the best checkpoint {path.name} is passed over: {problem}", file=sys.stderr)
+    newest = newest_intact(run, lambda _: None)
+    if newest is None:
+        raise UserError(f"run folder {run} holds no intact checkpoint")
+    return newest
 
 
 def prune(folder: Path, keep: int, best_step: int) -> None:

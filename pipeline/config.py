@@ -138,6 +138,9 @@ class EngineConfig:
     micro_batch: int = 0
     """Images in one forward pass of one process; the rest of its share is accumulated.
     0: all of them at once."""
+    evaluation_batch: int = 8
+    """Images in one forward pass of evaluation. Padding depends on it, and AP a little on padding,
+    where images have different sizes."""
     loader_workers: int = 4
     """Processes that decode and augment, for each training process. 0: in the process itself."""
     group_by_shape: bool = False
@@ -159,7 +162,7 @@ class EngineConfig:
         for name in ("micro_batch", "loader_workers", "checkpoint_steps", "max_padded_pixels"):
             value = getattr(self, name)
             _require(value >= 0, f"engine.{name}", value, "0 or more")
-        for name in ("log_every", "keep_checkpoints"):
+        for name in ("log_every", "keep_checkpoints", "evaluation_batch"):
             value = getattr(self, name)
             _require(value >= 1, f"engine.{name}", value, "1 or more")
 
@@ -202,14 +205,18 @@ class RunConfig:
         default; an unknown one raises ValueError."""
         return _from_dict(RunConfig, json.loads(text), "config")
 
-    def digest(self) -> str:
-        """SHA-256 of what decides the result: neither where the data lies (it has a digest of its
-        own) nor how the work is spread over processes."""
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: neither where the data lies (it has a digest of its own) nor
+        how the work is spread over processes."""
         identity = dataclasses.asdict(self)
         for location in ("train", "val", "cache_dir", "cache_gb"):
             del identity["data"][location]
         identity["engine"] = {"precision": self.engine.precision}
-        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return identity
+
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -26,6 +26,12 @@ def open_dataset(config: RunConfig) -> Dataset:
     train, val = (
         open_shards(location, config.data) for location in (config.data.train, config.data.val)
     )
+    for name, shards in (("train", train), ("val", val)):
+        if not shards.annotations.any():
+            raise UserError(
+                f"data.{name} {shards.folder}: got {len(shards)} images without a single "
+                f"annotation, expected some; was it converted from the right annotation file?"
+            )
     labels = build_labels(train.categories, config.data.labels)
     if build_labels(val.categories, config.data.labels) != labels:
         raise UserError(

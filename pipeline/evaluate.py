@@ -86,11 +86,10 @@ def detect(
 
     The model's mode is restored afterwards.
     """
-    batch_size = max(1, config.optimizer.batch_size // world)
     dtype = AUTOCAST.get(config.engine.precision)
     detections = []
     loader = evaluation_batches(
-        shards, labels, config, rank, world, batch_size, device.type == "cuda"
+        shards, labels, config, rank, world, config.engine.evaluation_batch, device.type == "cuda"
     )
     with evaluating(model):
         for batch in loader:

@@ -2,20 +2,25 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint_store import Progress, checkpoint_path
+from pipeline.checkpoint_store import Progress, check, checkpoint_path, checkpoint_steps
 from pipeline.config import RunConfig
 from pipeline.dataset import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluation
 
+# What a launcher may have put into the folder of a run that has not begun.
+BEFORE_A_RUN = frozenset(("ray", "mlflow.json"))
+
 
 def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
     """Writes config.json, which says what the run is. Raises `UserError` where the folder is a run
     of another config or other data."""
+    _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     identity = {
         "config": json.loads(config.to_json()),
@@ -30,12 +35,44 @@ def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         for part in ("config", "train", "val"):
             got, expected = identity[f"{part}_digest"], before[f"{part}_digest"]
             if got != expected:
-                what = "config" if part == "config" else f"data ({part})"
+                what = "config" if part == "config" else f"data.{part}"
+                said = _differences(config, before) if part == "config" else ""
+                said = said or f"got digest {got[:12]}, expected {expected[:12]}"
                 raise UserError(
-                    f"run folder {folder} belongs to another {what}: got digest {got[:12]}, "
-                    f"expected {expected[:12]}; choose another --output"
+                    f"run folder {folder} belongs to another {what}: {said}; "
+                    f"choose another --output"
                 )
     _write_json(path, identity)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises `UserError` where the folder is a file or holds something other than a run."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file, expected a folder")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names - BEFORE_A_RUN and "config.json" not in names:
+        raise UserError(
+            f"--output {folder} holds something else ({min(names - BEFORE_A_RUN)}); choose a new "
+            f"or empty folder, or a run's"
+        )
+
+
+def _differences(config: RunConfig, before: dict[str, Any]) -> str:
+    """What decides the result and differs from the folder's config.json, as far as it can be told:
+    "schedule.epochs: got 4, expected 2"."""
+    try:
+        old = RunConfig.from_json(json.dumps(before["config"])).identity()
+    except (KeyError, ValueError):
+        return ""
+    return "; ".join(list(_unequal(config.identity(), old, ""))[:5])
+
+
+def _unequal(mine: dict[str, Any], theirs: dict[str, Any], where: str) -> Iterator[str]:
+    for name, value in mine.items():
+        if isinstance(value, dict):
+            yield from _unequal(value, theirs[name], f"{where}{name}.")
+        elif value != theirs[name]:
+            yield f"{where}{name}: got {value}, expected {theirs[name]}"
 
 
 def write_evaluation(folder: Path, step: int, epoch: int, evaluation: Evaluation) -> None:
@@ -48,10 +85,23 @@ def write_evaluation(folder: Path, step: int, epoch: int, evaluation: Evaluation
 def publish_best(folder: Path, progress: Progress) -> None:
     """Writes best.json: the name of the best checkpoint so far and its evaluation."""
     if progress.best_step < 0:
+        (folder / "best.json").unlink(missing_ok=True)
         return
     evaluation = json.loads(_evaluation_path(folder, progress.best_step).read_text("utf-8"))
     name = checkpoint_path(folder, progress.best_step).name
     _write_json(folder / "best.json", {"checkpoint": name, **evaluation})
+
+
+def best_evaluated(folder: Path, progress: Progress) -> tuple[float, int]:
+    """AP and step of the best checkpoint up to `progress` that is there and intact: (-1, -1) if
+    none of them has been evaluated."""
+    steps = [progress.best_step, *checkpoint_steps(folder)]
+    found = [(-1.0, -1)]
+    for step in {step for step in steps if step <= progress.step}:
+        path = _evaluation_path(folder, step)
+        if path.exists() and check(checkpoint_path(folder, step)) is None:
+            found.append((json.loads(path.read_text("utf-8"))["summary"]["AP"], step))
+    return max(found, key=lambda pair: (pair[0], -pair[1]))
 
 
 def _evaluation_path(folder: Path, step: int) -> Path:

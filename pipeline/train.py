@@ -29,7 +29,7 @@ from pipeline.engine import build_engine, choose_device, seed_step, start_proces
 from pipeline.evaluate import detect, gather, ground_truth, summarize
 from pipeline.initialise import initial_model
 from pipeline.meter import Meter
-from pipeline.run_folder import claim, publish_best, write_evaluation
+from pipeline.run_folder import best_evaluated, claim, publish_best, write_evaluation
 from pipeline.tracking import MetricsLog
 from pipeline.visualize import draw_predictions
 
@@ -110,6 +110,7 @@ def resume(run: Run) -> Progress:
     """Continues the newest intact checkpoint, if there is one, and opens the log (collective)."""
     said: list[str] = []
     progress = checkpoint.resume(run.engine, run.folder, said.append) or Progress()
+    progress = best_that_is_left(run, progress)
     if progress.step:
         said.append(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
     elif run.initial:
@@ -123,6 +124,16 @@ def resume(run: Run) -> Progress:
             run.log.write("event", progress.step, float(progress.epoch), event="message", text=text)
         publish_best(run.folder, progress)  # a crash may have come between checkpoint and this
     return progress
+
+
+def best_that_is_left(run: Run, progress: Progress) -> Progress:
+    """`progress` with the best of the checkpoints that are there (collective). The one that it
+    names may have been removed for a better one, which was damaged since."""
+    found: list[Any] = [progress.best_ap, progress.best_step]
+    if run.rank == 0 and progress.best_step >= 0:
+        found = list(best_evaluated(run.folder, progress))
+    dist.broadcast_object_list(found, src=0)
+    return replace(progress, best_ap=found[0], best_step=found[1])
 
 
 def train_epoch(run: Run, progress: Progress, steps: Iterator[list[Batch]]) -> Progress:

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
@@ -54,7 +55,8 @@ def draw_predictions(
             )
         ]
         tiles.append(_draw(sample, _truth(sample, labels), "ground truth"))
-        tiles.append(_draw(sample, predicted[::-1], "predictions"))  # the best drawn last
+        title = f"score >= {threshold:g}" if predicted else f"none scores {threshold:g}"
+        tiles.append(_draw(sample, predicted[::-1], title))  # the best drawn last
     _sheet(tiles, columns=4 if count > 1 else 2).save(path)
 
 
@@ -74,7 +76,8 @@ def _draw(sample: Sample, boxes: list[tuple[list[float], int, str]], title: str)
     scale = TILE / max(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)))
     pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(size=13)
+    # Pillow's own font has no letters beyond ASCII.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 12)
     for box, column, text in boxes:
         colour = COLOURS[column % len(COLOURS)]
         x0, y0, x1, y1 = (v * scale for v in box)

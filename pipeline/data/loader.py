@@ -170,9 +170,11 @@ def evaluation_batches(
     width, height = shards.size[:, 0], shards.size[:, 1]
     windows = shards.shard // config.data.shuffle_window
     by_shape = np.lexsort((np.arange(len(shards)), height, width, windows))
-    mine = by_shape[rank::world]
-    mine = np.stack([np.full_like(mine, EVALUATION), mine], axis=1)
-    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    of_evaluation = np.stack([np.full_like(by_shape, EVALUATION), by_shape], axis=1)
+    # Batches first, ranks then: an image has the same neighbours, so the same padding, on any.
+    batches = [of_evaluation[i : i + batch_size] for i in range(0, len(shards), batch_size)][
+        rank::world
+    ]
     samples = _Samples(shards, labels, config.augment)
     return _load(samples, batches, config.engine.loader_workers, pin_memory)
 

@@ -63,6 +63,7 @@ class ShardSet:
         self.shard = np.asarray(columns["shard"], dtype=np.int64)
         self.offset = np.asarray(columns["offset"], dtype=np.int64)
         self.length = np.asarray(columns["length"], dtype=np.int64)
+        self.annotations = np.asarray(columns["annotations"], dtype=np.int64)
         self.image_id = np.asarray(columns["id"], dtype=np.int64)
         # [samples, 2] (width, height) in pixels, for batching by size without opening the images.
         self.size = np.stack([np.asarray(columns["width"]), np.asarray(columns["height"])], axis=1)

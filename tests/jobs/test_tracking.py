@@ -11,9 +11,9 @@ import urllib.request
 import mlflow
 import pytest
 
-from jobs.follow import Tail
-from jobs.progress import ProgressPrinter
 from jobs.tracking import Forwarder, default_tracking_uri, metric_name
+from pipeline.follow import Tail
+from pipeline.progress import ProgressPrinter
 from pipeline.recipes import recipe
 from pipeline.tracking import MetricsLog
 
@@ -46,12 +46,18 @@ def test_a_tail_gives_whole_lines_and_starts_anew_after_a_rewind(tmp_path):
 
 def test_progress_has_loss_speed_and_time_left(tmp_path, capsys):
     log = MetricsLog(tmp_path)
+    log.write("train", 40, 1.6, loss=99.0, images_per_second=88.4)  # before: of an earlier start
+    printer = ProgressPrinter(tmp_path, "demo")
     log.write("event", 0, 0.0, event="start", steps=100, epochs=4, world=2)
     log.write("event", 0, 0.0, event="message", text="hello")
     log.write("train", 50, 2.0, loss=4.321, images_per_second=88.4)
     log.write("evaluation", 50, 2.0, AP=0.5, AP50=0.7, AP75=0.4, AP_S=0.1, AP_M=0.2, AP_L=-1.0)
-    ProgressPrinter(tmp_path, "demo").print_new()
+    printer.print_new()
     out = capsys.readouterr().out
+    assert "99.0" not in out
+    log.rewind(50)  # a restart writes the file anew
+    printer.print_new()
+    assert capsys.readouterr().out == ""
     for word in ("hello", "epoch 2/4", "50%|", "50/100", "4.32", "88 images/s", "left", "AP 0.500"):
         assert word in out
 

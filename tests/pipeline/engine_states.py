@@ -1,8 +1,9 @@
 """Trains small engines in every ZeRO stage and precision, for test_training_state.py.
 
-python engine_states.py whole FOLDER: 6 steps, the state saved, 6 more steps, the end saved.
-python engine_states.py rest FOLDER: the 6 steps from the saved state; prints, as JSON, how far each
-end is from the saved one. Runs in one process or in those of torchrun, over gloo.
+python engine_states.py whole FOLDER: 6 steps, the state saved, 6 more steps, the end saved; then
+what `rest` does.
+python engine_states.py rest FOLDER: the 6 steps from the saved state in a new engine; prints, as
+JSON, how far each end is from the saved one. Runs in the processes of torchrun, over gloo.
 """
 
 import json
@@ -91,7 +92,8 @@ def main(mode: str, folder: Path) -> None:
             if rank == 0:
                 torch.save(half, folder / f"{name}-half.pt")
                 torch.save(end, folder / f"{name}-end.pt")
-            continue
+            dist.barrier()
+            trained = engine(stage, precision)
         half = torch.load(folder / f"{name}-half.pt", weights_only=True)
         restore(trained, half["training"], half["model"])
         train(trained, range(HALF, END))

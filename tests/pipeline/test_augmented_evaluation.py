@@ -203,7 +203,7 @@ def test_data_without_annotations_gives_a_result_file(
     [
         (["--tta-sides", "600"], "without --tta"),
         (["--tta", "--tta-sides", "0"], "1 or more"),
-        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "-1"], "--batch-size"),
         (["--output", "none/results.json"], "'none' does not exist"),
     ],
 )

@@ -20,6 +20,8 @@ from pipeline.checkpoint_store import (
     write,
 )
 from pipeline.errors import UserError
+from pipeline.evaluate import Evaluation
+from pipeline.run_folder import best_evaluated, write_evaluation
 from pipeline.tracking import MetricsLog, read_lines
 
 
@@ -115,6 +117,27 @@ def test_a_run_folder_gives_its_best_checkpoint(tmp_path):
     (tmp_path / "best.json").write_text(json.dumps({"checkpoint": "step-00000010"}))
     assert load_model(tmp_path)["step"] == 10
     assert load_model(checkpoint_path(tmp_path, 20))["step"] == 20
+
+
+def test_a_damaged_best_gives_way_to_the_newest_and_it_is_said(tmp_path, capsys):
+    saved(tmp_path, 20)
+    flip_byte(saved(tmp_path, 10))
+    (tmp_path / "best.json").write_text(json.dumps({"checkpoint": "step-00000010"}))
+    assert load_model(tmp_path)["step"] == 20
+    assert "step-00000010 is passed over: training.pt" in capsys.readouterr().err
+
+
+def test_the_best_that_is_left_is_found(tmp_path):
+    """Step 10 was the best until 30, which removed it and was then damaged itself."""
+    for step in (20, 25, 30):
+        saved(tmp_path, step)
+    flip_byte(checkpoint_path(tmp_path, 30))
+    for step, ap in ((10, 0.5), (20, 0.3), (25, 0.4), (30, 0.6)):
+        evaluation = Evaluation({"AP": ap}, {}, [])
+        write_evaluation(tmp_path, step, 1, evaluation)
+    assert best_evaluated(tmp_path, Progress(25, 2, 0.5, 10)) == (0.4, 25)
+    assert best_evaluated(tmp_path, Progress(22, 2, 0.5, 10)) == (0.3, 20)
+    assert best_evaluated(tmp_path, Progress(5, 0, 0.5, 3)) == (-1.0, -1)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

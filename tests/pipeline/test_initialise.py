@@ -13,7 +13,7 @@ import torchvision
 from model.config import ModelConfig
 from model.detr import build_model
 from model.weights import load_official
-from pipeline.checkpoint_store import load_model
+from pipeline.checkpoint_store import Progress, load_model, write
 from pipeline.config import InitConfig
 from pipeline.engine import seed_step
 from pipeline.errors import UserError
@@ -98,9 +98,7 @@ def our_checkpoint(tmp_path, classes: int, **changes):
     state = {n: torch.randn_like(x) for n, x in build_model(config.model).state_dict().items()}
     labels = {"category_of": tuple(range(classes)), "names": tuple("abcdefghij"[:classes])}
     content = {"model": state, "config": config.to_json(), "labels": labels, "progress": {}}
-    folder = tmp_path / "run" / "checkpoints" / "step-00000005"
-    folder.mkdir(parents=True)
-    torch.save(content, folder / "model.pt")
+    write(tmp_path / "run", Progress(5, 1), content, {})
     (tmp_path / "run" / "best.json").write_text('{"checkpoint": "step-00000005"}')
     return state
 

@@ -1,17 +1,31 @@
-"""A running job's progress as text: a bar while it trains, a line after each evaluation."""
+"""A training's progress as text: a bar while it trains, a line after each evaluation."""
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from jobs.follow import Tail
+from pipeline.follow import Tail
+
+
+@contextmanager
+def printed_progress(folder: Path, name: str) -> Iterator[None]:
+    """Prints what the run in `folder` logs while the block lasts."""
+    printer = ProgressPrinter(folder, name)
+    printer.start()
+    try:
+        yield
+    finally:
+        printer.finish()
 
 
 class ProgressPrinter(threading.Thread):
-    """Prints what is new in the run's metrics every second until `finish`."""
+    """Prints what is new in the run's metrics every second until `finish`; not what was there
+    before, of a run that is resumed."""
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(daemon=True)
@@ -20,7 +34,7 @@ class ProgressPrinter(threading.Thread):
         self.steps = self.epochs = 0
         self.first: tuple[int, float] | None = None
         self.best = -1.0
-        self.shown = -1
+        self.since = time.time()
 
     def run(self) -> None:
         while not self.done.wait(1.0):
@@ -33,13 +47,16 @@ class ProgressPrinter(threading.Thread):
 
     def print_new(self) -> None:
         for line in self.tail.new_lines():
+            if line["time"] <= self.since:  # of an earlier start, or read before
+                self.best = max(self.best, line.get("AP", -1.0))
+                continue
+            self.since = line["time"]
             if line["kind"] == "event" and line["event"] == "start":
                 self.steps, self.epochs = line["steps"], line["epochs"]
                 self.first = (line["step"], line["time"])
             elif line["kind"] == "event" and line["event"] == "message":
                 print(line["text"], flush=True)
-            elif line["kind"] == "train" and line["step"] > self.shown:
-                self.shown = line["step"]
+            elif line["kind"] == "train":
                 print(self.bar(line), flush=True)
             elif line["kind"] == "evaluation":
                 print(self.evaluation(line), flush=True)
