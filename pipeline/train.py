@@ -111,7 +111,9 @@ def resume(run: Run) -> Progress:
     said: list[str] = []
     progress = checkpoint.resume(run.engine, run.folder, said.append) or Progress()
     progress = best_that_is_left(run, progress)
-    if progress.step:
+    if progress.epoch == run.config.schedule.epochs:
+        said.append(f"all {progress.epoch} epochs were trained before; nothing is left to do")
+    elif progress.step:
         said.append(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
     elif run.initial:
         said.append(run.initial)
