@@ -124,10 +124,11 @@ def run_train(args: list[str]) -> None:
         "--data.train shards/train --data.val shards/val --init.backbone resnet50.pth",
         output=REQUIRED,
     )
-    from pipeline.engine import stop_process_group
+    from pipeline.engine import end_with_torchrun, stop_process_group
     from pipeline.progress import printed_progress
     from pipeline.train import train
 
+    end_with_torchrun()
     first = os.environ.get("RANK", "0") == "0"
     with printed_progress(options.output, options.config.recipe) if first else nullcontext():
         try:

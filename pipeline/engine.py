@@ -1,8 +1,10 @@
 """Process group, device and the DeepSpeed engine: everything computed from the `RunConfig`."""
 
+import ctypes
 import math
 import os
 import random
+import signal
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +62,17 @@ def start_process_group(device: torch.device) -> tuple[int, int]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return dist.get_rank(), dist.get_world_size()
+
+
+def end_with_torchrun() -> None:
+    """Has the kernel kill this process when its torchrun dies (Linux).
+
+    torchrun starts its processes in sessions of their own. Killed itself, it would leave them
+    training in a run folder that the next start goes on with.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

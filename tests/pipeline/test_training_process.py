@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -55,8 +56,11 @@ def kill_after_first_checkpoint(arguments: list[str], folder: Path) -> None:
         assert process.poll() is None, output.read_text()[-3000:]
         assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)  # torchrun alone: its processes have other sessions
     process.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive  # else they would train on beside the next start
 
 
 def metrics(folder: Path) -> list[dict]:
