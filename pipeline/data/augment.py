@@ -150,12 +150,7 @@ def crop(example: Example, top: int, left: int, size: Size) -> Example:
     return Example(image, boxes[kept], example.labels[kept])
 
 
-def augment(example: Example, config: AugmentConfig, random: np.random.Generator) -> Example:
-    """`choose` and `transform` of a whole image."""
-    height, width = example.image.shape[-2:]
-    return transform(example, choose((height, width), config, random))
-
-
 def resize_for_evaluation(example: Example, config: AugmentConfig) -> Example:
+    """`for_evaluation` and `transform` of a whole image."""
     height, width = example.image.shape[-2:]
     return transform(example, for_evaluation((height, width), config))

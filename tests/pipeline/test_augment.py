@@ -14,7 +14,6 @@ from pipeline.config import AugmentConfig
 from pipeline.data.augment import (
     Example,
     Geometry,
-    augment,
     choose,
     crop,
     flip,
@@ -34,6 +33,12 @@ def painted(height: int, width: int, *boxes: tuple[int, int, int, int]) -> Examp
     return Example(
         image, torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.arange(len(boxes))
     )
+
+
+def augment(example: Example, config: AugmentConfig, random: np.random.Generator) -> Example:
+    """As the loader does it, for which the choices come before the image is decoded."""
+    height, width = example.image.shape[-2:]
+    return transform(example, choose((height, width), config, random))
 
 
 def white_area(image: torch.Tensor) -> list[float]:
