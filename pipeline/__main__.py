@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
-from pipeline.errors import UserError
+from pipeline.errors import Stopped, Unreachable, UserError
 from pipeline.recipes import DEMO_SCALE, RECIPES
 
 
@@ -133,8 +134,14 @@ def run_train(args: list[str]) -> None:
     with printed_progress(options.output, options.config.recipe) if first else nullcontext():
         try:
             best = train(options.config, options.output)
-        except FloatingPointError as error:
+        except FloatingPointError as error:  # on every rank; one tells it
+            sys.exit(f"error: {error}" if first else 1)
+        except Unreachable as error:
             sys.exit(f"error: {error}")
+        except Stopped as stopped:
+            if first:
+                print(stopped)
+            sys.exit(128 + signal.SIGTERM)
     stop_process_group()
     if first:
         print(f"best checkpoint: {best}")

@@ -1,4 +1,4 @@
-"""A loss that is not finite: found at its own step, told in one error, kept for replay.
+"""A loss that is not finite: found at its own step, told in one line, kept for replay.
 
 A bad step lies in the run folder as `non_finite/step-…-rank-….pt`, data only: the batch, the
 generators' states and the weights before the step. `python -m pipeline replay FILE` runs it again.
@@ -20,8 +20,10 @@ from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.engine import AUTOCAST
 from pipeline.errors import UserError
+from pipeline.on_host import OnHost
 
 MOST_NAMES = 6
+MOST_FILES = 10  # of saved steps in a run folder; each holds the weights
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Place:
 
 
 class LossCheck:
-    """One forward pass whose loss must be finite. Made just before it, for the generators' states.
+    """One forward pass whose loss should be finite; made just before it, for the generators.
 
     Costs no wait of its own on a GPU: predictions that are not finite make the matcher raise, on
     costs it reads anyway, and the loss is read back while backward is being queued.
@@ -48,42 +50,43 @@ class LossCheck:
         self.generators = generator_states(batch.images.device)
         self.outputs: dict[str, Any] = {}
         self.computed: dict[str, Tensor] = {}
+        self.refused = ""
+        self.loss: OnHost | None = None
 
     def losses(self, criterion: nn.Module, outputs: dict[str, Any]) -> dict[str, Tensor]:
-        """`criterion` of the outputs. Raises as `require_finite` where the matcher refuses them."""
+        """`criterion` of the outputs. Where the matcher refuses them: a `loss` of NaN, whose
+        gradient tells the other ranks, so that none waits for this one."""
         self.outputs = outputs
         try:
             self.computed = criterion(outputs, self.batch.targets, self.num_boxes)
         except FloatingPointError as error:
-            self._stop(str(error))
-        loss = self.computed["loss"].detach()
-        # A copy that nobody waits for; the event says when it has come.
-        self.on_host = loss.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if loss.is_cuda else None
-        if self.copied is not None:
-            self.copied.record()
+            self.refused = str(error)
+            parts = [x.float().sum() for x in predictions(outputs).values()]
+            return {"loss": torch.stack(parts).sum() * math.nan}
+        self.loss = OnHost(self.computed["loss"].detach())
         return self.computed
 
-    def require_finite(self) -> None:
-        """To be called before the optimizer's step, so that the weights are still those before it.
+    def problem(self) -> str:
+        """What is wrong with the loss; empty where it is finite."""
+        if self.loss is None:
+            return self.refused
+        loss = self.loss.read().item()
+        return "" if math.isfinite(loss) else f"the loss is {loss}"
 
-        Raises `FloatingPointError`, after saving the bad step, naming step, rank and every tensor
-        that is not finite. The other ranks wait for this one in vain: their launcher ends them.
-        """
-        if self.copied is not None:
-            self.copied.synchronize()
-        if not math.isfinite(self.on_host.item()):
-            self._stop(f"the loss is {self.on_host.item()}")
-
-    def _stop(self, what: str) -> None:
+    def save(self) -> str:
+        """Saves the pass as it was and returns a line that names step, rank and every tensor that
+        is not finite. Called while the weights are still those of the pass."""
         place = self.place
         found = describe(self.model, self.batch, self.outputs, self.computed)
-        file = place.folder / "non_finite" / f"step-{place.step:08d}-rank-{place.rank}.pt"
-        message = (
-            f"step {place.step}, rank {place.rank}: {what}; not finite: {found}; images "
-            f"{self.batch.image_ids}; saved, to be run again by: python -m pipeline replay {file}"
+        said = (
+            f"step {place.step}, rank {place.rank}: {self.problem()}; not finite: {found}; images "
+            f"{self.batch.image_ids}"
         )
+        file = place.folder / "non_finite" / f"step-{place.step:08d}-rank-{place.rank}.pt"
         file.parent.mkdir(exist_ok=True)
+        if len(list(file.parent.iterdir())) >= MOST_FILES:
+            return f"{said}; not saved, as {file.parent} has {MOST_FILES} files"
+        message = f"{said}; saved, to be run again by: python -m pipeline replay {file}"
         torch.save(
             {
                 "message": message,
@@ -99,7 +102,7 @@ class LossCheck:
             },
             file,
         )
-        raise FloatingPointError(message)
+        return message
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
@@ -127,22 +130,26 @@ def describe(
     """The tensors of a step that are not finite, with how many numbers in each."""
     inputs = {"images": batch.normalized_images()}
     inputs |= {f"boxes of image {i}": t["boxes"] for i, t in enumerate(batch.targets)}
+    kinds: dict[str, dict[str, Tensor]] = {
+        "inputs": inputs,
+        "parameters": dict(model.named_parameters()),
+        "outputs": predictions(outputs),
+        "losses": losses,
+    }
+    parts = [_names(kind, tensors) for kind, tensors in kinds.items()]
+    return "; ".join(part for part in parts if part) or "no tensor"
+
+
+def predictions(outputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The class and box predictions of every layer, by name."""
     layers = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", []))}
     layers |= {"": outputs, "_enc": outputs.get("enc_outputs", {})}
-    predictions = {
+    return {
         name + suffix: layer[name]
         for suffix, layer in layers.items()
         for name in ("pred_logits", "pred_boxes")
         if name in layer
     }
-    kinds: dict[str, dict[str, Tensor]] = {
-        "inputs": inputs,
-        "parameters": dict(model.named_parameters()),
-        "outputs": predictions,
-        "losses": losses,
-    }
-    parts = [_names(kind, tensors) for kind, tensors in kinds.items()]
-    return "; ".join(part for part in parts if part) or "no tensor"
 
 
 def _names(kind: str, tensors: dict[str, Tensor]) -> str:

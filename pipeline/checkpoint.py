@@ -5,7 +5,7 @@ Collective functions must be called by every rank.
 
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,58 @@ from pipeline.checkpoint_store import (
 )
 from pipeline.config import RunConfig
 from pipeline.data.labels import Labels
+from pipeline.ema import Ema
+from pipeline.meter import Meter
 from pipeline.training_state import gather, restore
+from pipeline.update import LossScale, Updater
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a step changes beside `Progress`. Generators are seeded for each step anew, and
+    what sample comes next follows from the step."""
+
+    engine: Any  # a DeepSpeedEngine
+    updater: Updater
+    ema: Ema | None
+    meter: Meter
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, beside its training.
 
-    `saved(progress)` is called on rank 0, in the writing thread, once a checkpoint is whole.
+    `saved(progress)` is called on rank 0, in the writing thread, once a checkpoint is whole. Those
+    of `kept_steps` are never removed.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, labels: Labels, saved: Callable[[Progress], None]
+        self,
+        folder: Path,
+        config: RunConfig,
+        labels: Labels,
+        kept_steps: frozenset[int],
+        saved: Callable[[Progress], None],
     ) -> None:
         self.folder, self.config, self.labels, self.saved = folder, config, labels, saved
+        self.kept_steps = kept_steps
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
-    def save(self, engine: Any, progress: Progress) -> None:
+    def save(self, state: State, progress: Progress) -> None:
         """Copies all that a checkpoint holds and starts to write it (collective). Waits for the
         one before, and raises what went wrong there."""
-        training = gather(engine)
+        training = {**gather(state.engine), "meter": state.meter.gather()}
         if dist.get_rank() != 0:
             return
+        training["loss_scale"] = asdict(state.updater.scale)
+        training["grad_norm"] = state.updater.grad_norm
+        evaluated = state.engine.module
+        if state.ema:
+            evaluated = state.ema.module
+            training["ema_updates"] = state.ema.updates
+            training["weights"] = copied(state.engine.module)
         model = {
-            "model": copied(engine.module),
+            "model": copied(evaluated),
             "config": self.config.to_json(),
             "labels": asdict(self.labels),
             "progress": asdict(progress),
@@ -72,7 +100,8 @@ class CheckpointWriter:
         try:
             write(self.folder, progress, model, training)
             self.saved(progress)
-            prune(self.folder, self.config.engine.keep_checkpoints, progress.best_step)
+            keep = self.config.engine.keep_checkpoints
+            prune(self.folder, keep, self.kept_steps | {progress.best_step})
         except OSError as error:
             self._failure = OSError(
                 f"the checkpoint after step {progress.step} cannot be written: {error}; those "
@@ -82,19 +111,27 @@ class CheckpointWriter:
             self._failure = error
 
 
-def resume(engine: Any, folder: Path, warn: Callable[[str], None]) -> Progress | None:
-    """Loads the newest intact checkpoint into the engine (collective), or returns None. It may have
-    been written by another number of processes, in another ZeRO stage.
+def resume(state: State, folder: Path, warn: Callable[[str], None]) -> Progress | None:
+    """Loads the newest intact checkpoint (collective), or returns None. It may have been written by
+    another number of processes, in another ZeRO stage.
 
     `warn(message)` is told on rank 0 of every checkpoint that had to be passed over.
     """
     found: list[Path | None] = [newest_intact(folder, warn) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
-    path = found[0]
-    if path is None:
-        return None
-    progress = load_progress(path)
-    restore(engine, load_training(path), load_model(path)["model"])
+    return None if found[0] is None else load(state, found[0])
+
+
+def load(state: State, path: Path) -> Progress:
+    """Puts what has not trained yet where the checkpoint's run was."""
+    progress, training = load_progress(path), load_training(path)
+    weights = load_model(path)["model"]
+    if state.ema:
+        state.ema.restore(weights, training["ema_updates"])
+    restore(state.engine, training, training.get("weights", weights), progress.step)
+    state.updater.scale = LossScale(**training["loss_scale"])
+    state.updater.grad_norm = training["grad_norm"]
+    state.meter.restore(training["meter"])
     return progress
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `step` says which global batch comes next; `epoch` ones are evaluated."""
+    """How far a run is. `step` says which global batch comes next; `epoch` ones are evaluated;
+    `skipped` steps in a row were left out just before."""
 
     step: int = 0
     epoch: int = 0
+    skipped: int = 0
     best_ap: float = -1.0
     best_step: int = -1
 
@@ -39,7 +41,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any) -> Path:
     """Writes a checkpoint of the run folder and returns where it is. Until the last moment it is
-    not there at all; what is in its way is a damaged one.
+    not there at all, or is the one that it replaces: of before the evaluation, or damaged.
 
     Raises `OSError` where the disk is full or closed; whatever was there before is still there."""
     final = checkpoint_path(folder, progress.step)
@@ -54,10 +56,13 @@ def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    before = final.with_suffix(".old")
+    shutil.rmtree(before, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, before)
     os.rename(aside, final)
     _flush(final.parent)
+    shutil.rmtree(before, ignore_errors=True)
     return final
 
 
@@ -165,12 +170,11 @@ def _best_or_newest(run: Path) -> Path:
     return newest
 
 
-def prune(folder: Path, keep: int, best_step: int) -> None:
-    """Removes checkpoints; the latest `keep` and the best stay."""
-    present = sorted((folder / "checkpoints").glob("step-*[0-9]"))
-    for path in present[:-keep]:
-        if path != checkpoint_path(folder, best_step):
-            shutil.rmtree(path)
+def prune(folder: Path, keep: int, kept_steps: Collection[int]) -> None:
+    """Removes checkpoints; the latest `keep` and those of `kept_steps` stay."""
+    for step in checkpoint_steps(folder)[:-keep]:
+        if step not in kept_steps:
+            shutil.rmtree(checkpoint_path(folder, step))
 
 
 def _write_manifest(folder: Path) -> None:

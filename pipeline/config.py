@@ -98,8 +98,12 @@ class OptimizerConfig:
     """Largest norm of the whole gradient. 0: no clipping."""
     batch_size: int = 32
     """Images in one optimizer step, over all processes."""
+    ema_decay: float = 0.0
+    """Of an exponential moving average of the weights, which is then what is evaluated and loaded
+    from checkpoints; 0.9997 is common for runs of 100,000 steps. 0: none."""
 
     def __post_init__(self) -> None:
+        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "in [0, 1)")
         for name in ("lr", "backbone_lr", "offsets_lr_factor", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             _require(value >= 0, f"optimizer.{name}", value, "0 or more")
@@ -151,20 +155,36 @@ class EngineConfig:
     it is passed, the global batch is cut into more and smaller ones. 0: no bound."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
+    checkpoint_minutes: float = 10.0
+    """Most minutes between two checkpoints inside an epoch; one is written at the end of each
+    epoch in any case. 0: not by the clock."""
     checkpoint_steps: int = 0
-    """Steps between two checkpoints inside an epoch. 0: at the end of each epoch only."""
+    """Steps between two checkpoints inside an epoch. 0: not by steps."""
     keep_checkpoints: int = 2
     """Latest checkpoints kept, beside the best one."""
+    keep_every_epochs: int = 0
+    """Period of epochs whose last checkpoint is kept for good. 0: of none."""
+    most_skipped_steps: int = 3
+    """Steps in a row with a loss or gradient that is not finite, at which the run stops; up to
+    then such steps are left out. 1: at once. In fp16 a step at which a smaller loss scale can
+    still be tried does not count."""
+    collective_timeout: float = 600.0
+    """Seconds that a process waits for the others before it gives up."""
     deterministic: bool = False
     """Deterministic algorithms only (on a GPU this costs speed)."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "loader_workers", "checkpoint_steps", "max_padded_pixels"):
+        for name in (
+            "micro_batch", "loader_workers", "max_padded_pixels",
+            "checkpoint_steps", "checkpoint_minutes", "keep_every_epochs",
+        ):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 0, f"engine.{name}", value, "0 or more")
-        for name in ("log_every", "keep_checkpoints", "evaluation_batch"):
+        for name in ("log_every", "keep_checkpoints", "evaluation_batch", "most_skipped_steps"):
             value = getattr(self, name)
             _require(value >= 1, f"engine.{name}", value, "1 or more")
+        value = self.collective_timeout
+        _require(value > 0, "engine.collective_timeout", value, "seconds, above 0")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ import ctypes
 import math
 import os
 import random
+import re
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from torch import nn
 from model.parameters import parameter_groups
 from pipeline.config import EngineConfig, RunConfig, ScheduleConfig
 from pipeline.data.loader import micro_batch_size
-from pipeline.errors import UserError
+from pipeline.errors import Unreachable, UserError
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """dtype of each precision that is not full."""
@@ -38,17 +41,17 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def start_process_group(device: torch.device) -> tuple[int, int]:
+def start_process_group(device: torch.device, timeout: float = 600.0) -> tuple[int, int]:
     """Joins the process group and returns (rank, world size).
 
     The group is the one that a launcher has already made (Ray), the one in the environment
-    (torchrun), or one of this process alone.
+    (torchrun), or one of this process alone. `timeout`: seconds to wait for others in it.
     """
     # DeepSpeed looks for GPUs at import unless told.
     os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed
 
-    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.utils.logger.setLevel("ERROR")  # steps left out are in the run's own log
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -60,8 +63,35 @@ def start_process_group(device: torch.device) -> tuple[int, int]:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = "0"
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False,
+        timeout=timedelta(seconds=timeout),
+    )  # fmt: skip
     return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def naming_timeouts(seconds: float) -> Iterator[None]:
+    """Makes `Unreachable` of the error of a collective in which another process took no part.
+
+    On GPUs NCCL's own watch ends the process instead, after the same time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        waited = re.search("timed? ?out", text, re.IGNORECASE) is not None
+        if not waited and not re.search("connection (closed|reset|refused)", text, re.IGNORECASE):
+            raise
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        what = "another process is gone"
+        if waited:
+            what = (
+                f"waited {seconds:g} s (engine.collective_timeout) for another process in vain: it "
+                f"hangs or cannot be reached"
+            )
+        first = text.strip().splitlines()[0]
+        raise Unreachable(f"rank {rank}: {what}; the same command goes on ({first})") from error
 
 
 def end_with_torchrun() -> None:
@@ -126,12 +156,14 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for this run."""
     micro = micro_batch_size(config, world)
     share = -(-config.optimizer.batch_size // world)
+    stage = config.engine.zero_stage
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         # Of the ranks with the largest shares; each tells the engine where its own passes end.
         "gradient_accumulation_steps": -(-share // micro),
-        "gradient_clipping": config.optimizer.clip_norm,
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        # Without ZeRO `pipeline.update` clips, by the norm that it needs anyway.
+        "gradient_clipping": config.optimizer.clip_norm if stage else 0.0,
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,18 +81,24 @@ def detect(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    between: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """COCO result records of this rank's images: image_id, category_id, bbox (x, y, w, h), score.
 
-    The model's mode is restored afterwards.
+    `between` is called before each batch that all ranks have one like, so it may be collective. The
+    model's mode is restored afterwards.
     """
     dtype = AUTOCAST.get(config.engine.precision)
     detections = []
     loader = evaluation_batches(
         shards, labels, config, rank, world, config.engine.evaluation_batch, device.type == "cuda"
     )
+    size = config.engine.evaluation_batch
+    common = -(-len(shards) // size) // world
     with evaluating(model):
-        for batch in loader:
+        for i, batch in enumerate(loader):
+            if i < common:
+                between()
             results = predict(model, batch.to(device), dtype)
             for image_id, result in zip(batch.image_ids, results, strict=True):
                 detections += records(image_id, result, labels)

@@ -67,11 +67,12 @@ class ProgressPrinter(threading.Thread):
         elapsed = line["time"] - first_time
         left = elapsed / max(1, line["step"] - first_step) * (self.steps - line["step"])
         epoch = min(self.epochs, int(line["epoch"] - 1e-9) + 1)
+        loss = f"{line['loss']:.2f}" if "loss" in line else "-"  # none where all were left out
         return tqdm.format_meter(
             line["step"], self.steps, elapsed, ncols=100,
             prefix=f"{self.name_} epoch {epoch}/{self.epochs}",
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} " + (
-                f"loss {line['loss']:.2f} {line['images_per_second']:.0f} images/s "
+                f"loss {loss} {line['images_per_second']:.0f} images/s "
                 f"{tqdm.format_interval(left)} left"
             ),
         )  # fmt: skip

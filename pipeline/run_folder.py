@@ -3,25 +3,56 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from pipeline.checkpoint_store import Progress, check, checkpoint_path, checkpoint_steps
 from pipeline.config import RunConfig
 from pipeline.dataset import Dataset
-from pipeline.errors import UserError
+from pipeline.errors import FolderInUse, UserError
 from pipeline.evaluate import Evaluation
+from pipeline.stop import STOP_FILE
 
-# What a launcher may have put into the folder of a run that has not begun.
-BEFORE_A_RUN = frozenset(("ray", "mlflow.json"))
+# What may be in the folder of a run that has not begun: of its launcher, and the lock.
+BEFORE_A_RUN = frozenset(("ray", "mlflow.json", "lock", STOP_FILE))
+DYING = 60.0  # seconds in which processes of a killed training are gone
+
+
+@contextmanager
+def hold(folder: Path, holds: bool) -> Iterator[None]:
+    """Keeps every other training out of the folder while the block lasts, if this process `holds`.
+
+    One that was killed may take a moment to be gone, and is waited for. The lock is the kernel's,
+    so it ends with its process however that ends. Raises `FolderInUse` where it does not end.
+    """
+    if not holds:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file, expected a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=DYING)
+    except Timeout:
+        raise FolderInUse(
+            f"run folder {folder} is in use by another training, which did not end in {DYING:g} s; "
+            f"stop it first, or choose another --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
     """Writes config.json, which says what the run is. Raises `UserError` where the folder is a run
-    of another config or other data."""
+    of another config or other data, or something else."""
     _refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     identity = {
         "config": json.loads(config.to_json()),
         "config_digest": config.digest(),
@@ -46,10 +77,8 @@ def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises `UserError` where the folder is a file or holds something other than a run."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file, expected a folder")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    """Raises `UserError` where the folder holds something other than a run."""
+    names = {path.name for path in folder.iterdir()}
     if names - BEFORE_A_RUN and "config.json" not in names:
         raise UserError(
             f"--output {folder} holds something else ({min(names - BEFORE_A_RUN)}); choose a new "

@@ -22,11 +22,13 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Drops what was logged after `step`, because training goes on from there."""
+    def rewind(self, step: int, epoch: int) -> None:
+        """Drops what was logged after `step`, and evaluations after `epoch`: the run goes on from
+        there."""
         if not self.path.exists():
             return
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        lines = [line for line in read_lines(self.path) if line["step"] <= step]
+        kept = [line for line in lines if line["kind"] != "evaluation" or line["epoch"] <= epoch]
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, self.path)

@@ -18,25 +18,23 @@ def gather(engine: Any) -> dict[str, Any]:
     """The optimizer's state on the CPU, whole on rank 0; elsewhere without moments (collective).
 
     `moments` maps a parameter's name to its AdamW moments, float32 in the parameter's shape;
-    `updates` counts the optimizer's steps, `schedule` the learning rate's; they differ by the steps
-    that overflowed in fp16, whose `loss_scale` is here, too.
+    `updates` counts the steps that AdamW has taken.
     """
+    if not _torch_optimizer(engine).state:  # every step so far was left out
+        _prepare(engine, 0)
     moments: dict[str, dict[str, Tensor]] = {}
     for name, parameter in trained(engine.module):
         whole = {key: _moment(engine, parameter, key) for key in MOMENTS}
         if dist.get_rank() == 0:
             moments[name] = {key: value.to("cpu", copy=True) for key, value in whole.items()}
-    return {
-        "moments": moments,
-        "updates": _updates(engine),
-        "schedule": engine.lr_scheduler.last_epoch,
-        "loss_scale": _loss_scale(engine),
-    }
+    return {"moments": moments, "updates": _updates(engine)}
 
 
-def restore(engine: Any, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Puts an engine that has not trained yet where `gather` found another, `weights` being the
-    model's state dict of then.
+def restore(
+    engine: Any, state: Mapping[str, Any], weights: Mapping[str, Tensor], step: int
+) -> None:
+    """Puts an engine that has not trained yet where `gather` found another, after `step` steps of
+    the schedule, `weights` being the model's state dict of then.
 
     Raises `ValueError` naming parameters that the state does not have, or has in another shape.
     """
@@ -54,8 +52,7 @@ def restore(engine: Any, state: Mapping[str, Any], weights: Mapping[str, Tensor]
     for name, parameter in named.items():
         for key in MOMENTS:
             _set_moment(engine, parameter, key, moments[name][key].to(parameter.device))
-    _restore_schedule(engine.lr_scheduler, state["schedule"])
-    _restore_loss_scale(engine, state["loss_scale"])
+    _restore_schedule(engine.lr_scheduler, step)
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -140,24 +137,6 @@ def _restore_schedule(scheduler: Any, steps: int) -> None:
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
-
-
-def _loss_scale(engine: Any) -> dict[str, Any]:
-    """Numbers of fp16's dynamic loss scale; empty in other precisions."""
-    scaler = engine.torch_autocast_z0_gradscaler
-    if scaler is not None:
-        return scaler.state_dict()
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is None or not getattr(engine.optimizer, "dynamic_loss_scale", False):
-        return {}
-    return {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)}
-
-
-def _restore_loss_scale(engine: Any, numbers: Mapping[str, Any]) -> None:
-    if engine.torch_autocast_z0_gradscaler is not None:
-        engine.torch_autocast_z0_gradscaler.load_state_dict(dict(numbers))
-    elif numbers:
-        vars(engine.optimizer.loss_scaler).update(numbers)
 
 
 def _few(names: Any) -> str:

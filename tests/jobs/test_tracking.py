@@ -39,7 +39,7 @@ def test_a_tail_gives_whole_lines_and_starts_anew_after_a_rewind(tmp_path):
         file.write('ep": 2}\n')
     assert [x["step"] for x in tail.new_lines()] == [2]
     log.write("train", 3, 0.3, loss=1.0)
-    log.rewind(1)
+    log.rewind(1, 0)
     log.write("train", 2, 0.2, loss=2.0)
     assert [x["step"] for x in tail.new_lines()] == [1, 2]
 
@@ -55,7 +55,7 @@ def test_progress_has_loss_speed_and_time_left(tmp_path, capsys):
     printer.print_new()
     out = capsys.readouterr().out
     assert "99.0" not in out
-    log.rewind(50)  # a restart writes the file anew
+    log.rewind(50, 2)  # a restart writes the file anew
     printer.print_new()
     assert capsys.readouterr().out == ""
     for word in ("hello", "epoch 2/4", "50%|", "50/100", "4.32", "88 images/s", "left", "AP 0.500"):
@@ -72,7 +72,7 @@ def test_every_metric_arrives_once_through_restart_and_rewind(tmp_path):
         log.write("train", step, step / 10, loss=10.0 / step)
     log.write("evaluation", 5, 0.5, AP=0.25, **{"AP/traffic light (new)": 0.5})
     assert first.try_to_send()
-    log.rewind(3)  # resumed from step 3: steps 4 and 5 come again
+    log.rewind(3, 0)  # resumed from step 3: steps 4 and 5 come again
     second = forwarder(folder, uri)
     for step in range(4, 8):
         log.write("train", step, step / 10, loss=10.0 / step)

@@ -1,5 +1,6 @@
 """A loss that is not finite: found before the optimizer's step, told, saved, and replayed."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import torch
 from model.criterion import build_criterion
 from model.detr import build_model
 from pipeline.bad_step import LossCheck, Place, replay, require_finite_weights
-from pipeline.checkpoint_store import check, load_model
+from pipeline.checkpoint_store import check, checkpoint_path, load_model, load_training
 from pipeline.data.augment import Example
 from pipeline.data.batch import collate
 from pipeline.engine import AUTOCAST
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
+from pipeline.tracking import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -60,7 +62,8 @@ class Step:
         criterion = build_criterion(self.config.model).to(self.device)
         self.losses = check.losses(criterion, outputs)
         self.losses["loss"].backward()
-        check.require_finite()
+        if check.problem():
+            raise FloatingPointError(check.save())
         return self.losses
 
 
@@ -179,11 +182,13 @@ def test_files_that_are_no_saved_step(tmp_path):
 POISONED = """
 import sys
 import torch
-import pipeline.train as trainer
+import pipeline.run
+import pipeline.step
 from pipeline.__main__ import COMMANDS
 from pipeline.cli import main
 
-build, seed, engines = trainer.build_engine, trainer.seed_step, []
+bad_steps = range(3, 3 + int(sys.argv.pop(1)))
+build, seed, engines = pipeline.run.build_engine, pipeline.step.seed_step, []
 
 def build_engine(*given):
     engines.append(build(*given))
@@ -191,45 +196,71 @@ def build_engine(*given):
 
 def seed_step(value, step, rank):
     seed(value, step, rank)
-    if step == 3 and rank == 1:
+    if rank == 1:
+        bias = engines[0].module.heads.classes[-2].bias
         with torch.no_grad():
-            engines[0].module.heads.classes[-2].bias[:] = float("nan")
+            if step == bad_steps.start:
+                pipeline.step.before = bias.clone()
+                bias[:] = float("nan")
+            if step == bad_steps.stop:
+                bias[:] = pipeline.step.before
 
-trainer.build_engine, trainer.seed_step = build_engine, seed_step
+pipeline.run.build_engine, pipeline.step.seed_step = build_engine, seed_step
 sys.exit(main("poisoned", "", COMMANDS, sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
-def test_all_ranks_stop_and_the_checkpoint_before_is_intact(drawn, tmp_path, run_command):
-    """NaN in one rank's weights: its matcher sees it before any gradient is exchanged, while the
-    other rank waits for gradients."""
+def poisoned(drawn, tmp_path, bad_steps: int) -> tuple[subprocess.CompletedProcess, Path]:
+    """A training by two processes, the second of which has NaN in its weights from step 4 on, for
+    as many steps. Its matcher sees it before any gradient is exchanged."""
     (tmp_path / "poisoned.py").write_text(POISONED)
     folder = tmp_path / "run"
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-            str(tmp_path / "poisoned.py"), "train", "demo", "--output", str(folder),
-            "--data.train", str(drawn.shards / "train"), "--data.val", str(drawn.shards / "val"),
-            "--optimizer.batch-size", "8", "--engine.checkpoint-steps", "2",
-            "--engine.log-every", "50", "--schedule.epochs", "2",
+            str(tmp_path / "poisoned.py"), str(bad_steps), "train", "demo",
+            "--output", str(folder), "--data.train", str(drawn.shards / "train"),
+            "--data.val", str(drawn.shards / "val"), "--schedule.epochs", "1",
+            "--optimizer.batch-size", "4", "--engine.checkpoint-steps", "3",
+            "--engine.log-every", "10", "--engine.loader-workers", "0",
         ],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
+    return done, folder
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_and_the_checkpoint_before_is_intact(drawn, tmp_path, run_command):
+    done, folder = poisoned(drawn, tmp_path, bad_steps=9)
     assert done.returncode != 0
-    said = [x for x in done.stderr.splitlines() if "error: step 4, rank 1: " in x]
+    said = [x for x in done.stderr.splitlines() if x.startswith("error: step 6, rank 1: ")]
     assert len(said) == 1, done.stderr[-3000:]
     assert "parameters heads.classes.5.bias" in said[0]
     steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert steps == ["step-00000002"]
+    assert steps == ["step-00000003"]
     assert check(folder / "checkpoints" / steps[0]) is None
     weights = load_model(folder)["model"]
     assert all(x.isfinite().all() for x in weights.values())
-    file = folder / "non_finite" / "step-00000004-rank-1.pt"
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-    again = run_command("pipeline", "replay", file)
+    names = sorted(path.name for path in (folder / "non_finite").iterdir())
+    assert names == [f"step-0000000{n}-rank-1.pt" for n in (4, 5, 6)]
+    again = run_command("pipeline", "replay", folder / "non_finite" / names[0])
     assert again.returncode == 0, again.stderr
     assert "step 4, rank 1, images" in again.stdout
     assert "heads.classes.5 (Linear)" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_bad_step_is_left_out_on_all_ranks(drawn, tmp_path):
+    done, folder = poisoned(drawn, tmp_path, bad_steps=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = read_lines(folder / "metrics.jsonl")
+    (train,) = [x for x in lines if x["kind"] == "train"]
+    assert (train["step"], train["skipped_steps"]) == (10, 2)
+    assert all(math.isfinite(x) for x in train.values() if isinstance(x, float))
+    said = [x["text"] for x in lines if "left out" in x.get("text", "")]
+    assert [text.split(")")[0][-1] for text in said] == ["1", "2"]  # in a row
+    assert "step 4, rank 1" in said[0]
+    training = load_training(checkpoint_path(folder, 10))
+    assert training["updates"] == 8

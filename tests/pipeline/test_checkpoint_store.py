@@ -34,7 +34,7 @@ def test_a_checkpoint_reads_back_and_is_intact(tmp_path):
     path = saved(tmp_path, 10, best_ap=0.25, best_step=5)
     assert check(path) is None
     assert newest_intact(tmp_path, pytest.fail) == path
-    assert load_progress(path) == Progress(10, 1, 0.25, 5)
+    assert load_progress(path) == Progress(10, 1, 0, 0.25, 5)
     assert load_training(path)["moments"].shape == (100,)
     assert load_model(path)["step"] == 10
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_written_again(tmp_path):
 def test_the_latest_and_the_best_are_kept(tmp_path):
     for step in (10, 20, 30, 40):
         saved(tmp_path, step)
-    prune(tmp_path, keep=2, best_step=10)
+    prune(tmp_path, keep=2, kept_steps={10})
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-00000010", "step-00000030", "step-00000040"]
 
@@ -135,9 +135,9 @@ def test_the_best_that_is_left_is_found(tmp_path):
     for step, ap in ((10, 0.5), (20, 0.3), (25, 0.4), (30, 0.6)):
         evaluation = Evaluation({"AP": ap}, {}, [])
         write_evaluation(tmp_path, step, 1, evaluation)
-    assert best_evaluated(tmp_path, Progress(25, 2, 0.5, 10)) == (0.4, 25)
-    assert best_evaluated(tmp_path, Progress(22, 2, 0.5, 10)) == (0.3, 20)
-    assert best_evaluated(tmp_path, Progress(5, 0, 0.5, 3)) == (-1.0, -1)
+    assert best_evaluated(tmp_path, Progress(25, 2, 0, 0.5, 10)) == (0.4, 25)
+    assert best_evaluated(tmp_path, Progress(22, 2, 0, 0.5, 10)) == (0.3, 20)
+    assert best_evaluated(tmp_path, Progress(5, 0, 0, 0.5, 3)) == (-1.0, -1)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
@@ -168,7 +168,12 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
         log.write("train", step, step / 10, loss=1.0 / step)
     with log.path.open("a") as file:
         file.write('{"kind": "train", "step": 5, "lo')  # cut short by a crash
-    log.rewind(2)
+    log.rewind(2, 0)
     assert [line["step"] for line in read_lines(log.path)] == [1, 2]
+    log.write("evaluation", 2, 1.0, AP=0.5)
+    log.rewind(2, 1)
+    assert [line["kind"] for line in read_lines(log.path)] == ["train", "train", "evaluation"]
+    log.rewind(2, 0)  # a checkpoint of just before the evaluation
+    assert [line["kind"] for line in read_lines(log.path)] == ["train", "train"]
     log.write("train", 3, 0.3, loss=0.5)
     assert [line["loss"] for line in read_lines(log.path)] == [1.0, 0.5, 0.5]

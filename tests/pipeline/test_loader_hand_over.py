@@ -83,10 +83,9 @@ def test_the_wait_for_data_is_seconds_a_step(monkeypatch):
             yield i
 
     start = time.perf_counter()
-    meter = Meter(batch_size=8)
+    meter = Meter(batch_size=8, device=torch.device("cpu"))
     for _ in meter.timed(slow()):
-        for value in (1.0, 3.0):
-            meter.add({"loss": torch.tensor(value)}, passes=2)
+        meter.add([{"loss": torch.tensor(value)} for value in (1.0, 3.0)])
     values = meter.flush()
     assert values["loss"] == 2
     assert 0.02 <= values["data_wait"] <= (time.perf_counter() - start) / 4

@@ -62,4 +62,4 @@ class Engine:
 )
 def test_a_state_of_another_model_is_refused(moments, message):
     with pytest.raises(ValueError, match=message):
-        restore(Engine(), {"moments": moments}, {})
+        restore(Engine(), {"moments": moments}, {}, 0)

@@ -1,0 +1,147 @@
+"""A run: what stays the same from the first step of a process to its last, and its beginning."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model.criterion import build_criterion
+from pipeline import checkpoint
+from pipeline.checkpoint import CheckpointWriter, State
+from pipeline.checkpoint_store import Progress
+from pipeline.config import RunConfig
+from pipeline.data.loader import steps_per_epoch
+from pipeline.data.order import first_step
+from pipeline.dataset import Dataset, open_dataset
+from pipeline.ema import Ema
+from pipeline.engine import build_engine, choose_device, start_process_group
+from pipeline.evaluate import ground_truth
+from pipeline.initialise import initial_model
+from pipeline.meter import Meter
+from pipeline.run_folder import best_evaluated, claim, hold, publish_best
+from pipeline.stop import StopRequest, stop_request
+from pipeline.tracking import MetricsLog
+from pipeline.update import Updater
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step of a process to its last."""
+
+    config: RunConfig
+    folder: Path
+    dataset: Dataset
+    engine: Any  # a DeepSpeedEngine
+    updater: Updater
+    ema: Ema | None
+    criterion: nn.Module
+    device: torch.device
+    meter: Meter
+    log: MetricsLog
+    checkpoints: CheckpointWriter
+    request: StopRequest
+    initial: str  # what the weights before the first step were
+    truth: Any  # pycocotools' COCO on rank 0, else None
+    steps_per_epoch: float
+    rank: int
+    world: int
+
+    @property
+    def state(self) -> State:
+        return State(self.engine, self.updater, self.ema, self.meter)
+
+    @property
+    def model(self) -> nn.Module:
+        """What is evaluated: the average of the weights where there is one."""
+        return self.ema.module if self.ema else self.engine.module
+
+    def end_of_epoch(self, epochs: int) -> int:
+        """The number of steps after which every sample has been seen `epochs` times."""
+        return first_step(len(self.dataset.train), self.config.optimizer.batch_size, epochs)
+
+
+@contextmanager
+def started(config: RunConfig, folder: Path) -> Iterator[Run]:
+    """Opens the data, joins the process group, takes the run folder and builds the engine; the
+    folder is held as long as the block lasts."""
+    device = choose_device(config.engine)
+    dataset = open_dataset(config)
+    config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
+    epoch_steps = steps_per_epoch(dataset.train, config.optimizer.batch_size)
+    model, initial = initial_model(config)  # before the folder is claimed: it may find a mistake
+    rank, world = start_process_group(device, config.engine.collective_timeout)
+    with hold(folder, rank == 0), stop_request(folder, look=rank == 0) as request:
+        if rank == 0:
+            claim(folder, config, dataset)
+        dist.barrier()
+        torch.use_deterministic_algorithms(config.engine.deterministic)
+        model = model.to(device)
+        decay, every = config.optimizer.ema_decay, config.engine.keep_every_epochs
+        ema = Ema(model, decay) if decay else None
+        engine = build_engine(model, config, epoch_steps)
+        epochs = range(every, config.schedule.epochs + 1, every) if every else ()
+        size, batch_size = len(dataset.train), config.optimizer.batch_size
+        yield Run(
+            config=config,
+            folder=folder,
+            dataset=dataset,
+            engine=engine,
+            updater=Updater(engine, config),
+            ema=ema,
+            criterion=build_criterion(config.model).to(device),
+            device=device,
+            meter=Meter(batch_size, device),
+            log=MetricsLog(folder),
+            checkpoints=CheckpointWriter(
+                folder,
+                config,
+                dataset.labels,
+                frozenset(first_step(size, batch_size, epoch) for epoch in epochs),
+                partial(publish_best, folder),
+            ),
+            request=request,
+            initial=initial,
+            truth=ground_truth(dataset.val) if rank == 0 else None,
+            steps_per_epoch=epoch_steps,
+            rank=rank,
+            world=world,
+        )
+
+
+def resume(run: Run) -> Progress:
+    """Continues the newest intact checkpoint, if there is one, and opens the log (collective)."""
+    said: list[str] = []
+    progress = checkpoint.resume(run.state, run.folder, said.append) or Progress()
+    progress = best_that_is_left(run, progress)
+    if progress.epoch == run.config.schedule.epochs:
+        said.append(f"all {progress.epoch} epochs were trained before; nothing is left to do")
+    elif progress.step:
+        said.append(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
+    elif run.initial:
+        said.append(run.initial)
+    if run.rank == 0:
+        run.log.rewind(progress.step, progress.epoch)
+        epochs = run.config.schedule.epochs
+        length = {"steps": run.end_of_epoch(epochs), "epochs": epochs, "world": run.world}
+        epoch = progress.step / run.steps_per_epoch
+        run.log.write("event", progress.step, epoch, event="start", **length)
+        for text in said:
+            run.log.write("event", progress.step, epoch, event="message", text=text)
+        publish_best(run.folder, progress)  # a crash may have come between checkpoint and this
+    return progress
+
+
+def best_that_is_left(run: Run, progress: Progress) -> Progress:
+    """`progress` with the best of the checkpoints that are there (collective). The one that it
+    names may have been removed for a better one, which was damaged since."""
+    found: list[Any] = [progress.best_ap, progress.best_step]
+    if run.rank == 0 and progress.best_step >= 0:
+        found = list(best_evaluated(run.folder, progress))
+    dist.broadcast_object_list(found, src=0)
+    return replace(progress, best_ap=found[0], best_step=found[1])

@@ -1,0 +1,110 @@
+"""Takes optimizer steps with small engines, beside plain torch; for test_update.py.
+
+python update_cases.py: prints, as JSON, what came of each ZeRO stage and precision. Runs in the
+processes of torchrun, over gloo.
+"""
+
+import json
+import math
+
+import torch
+import torch.distributed as dist
+from engine_states import BATCH, Model, engine, settings
+from torch import Tensor, nn
+
+from model.parameters import parameter_groups
+from pipeline.engine import AUTOCAST, start_process_group, stop_process_group
+from pipeline.training_state import gather
+from pipeline.update import Updater
+
+STAGES, PRECISIONS = (0, 1, 2), ("fp32", "bf16", "fp16")
+STEPS, PASSES, BAD_STEP = 8, 3, 5
+
+
+def images(step: int) -> Tensor:
+    return torch.randn(BATCH, 13, generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(outputs: Tensor, step: int) -> Tensor:
+    """Larger by the step, so that some gradients are clipped and others are not."""
+    return (outputs.float() ** 2).mean() * step / 20
+
+
+def ours(stage: int, precision: str) -> dict:
+    """Ranks share the batch, each in passes of two images; one's loss is infinite at BAD_STEP."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    trained = engine(stage, precision)
+    updater = Updater(trained, settings(stage, precision))
+    norms, rates, kept, scales = [], [], True, []
+    for step in range(STEPS):
+        before = [p.detach().clone() for p in trained.module.parameters()]
+        mine = images(step).chunk(world)[rank].chunk(PASSES)
+        for i, part in enumerate(mine):
+            loss = loss_of(trained(part), step) / PASSES
+            if step == BAD_STEP and rank == world - 1 and i == 1:
+                loss = loss * math.inf
+            updater.backward(loss, last=i == PASSES - 1)
+        applied = updater.step()
+        after = list(trained.module.parameters())
+        same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        kept &= applied == (step != BAD_STEP) and same != applied
+        norms.append(updater.grad_norm)
+        rates.append(trained.optimizer.param_groups[-1]["lr"])
+        scales.append(updater.scale.value)
+    weights = {name: p.detach().clone() for name, p in trained.module.named_parameters()}
+    state = {"updates": gather(trained)["updates"], "scales": scales, "kept": kept}
+    return {"weights": weights, "norms": norms, "rates": rates, **state}
+
+
+def plain(precision: str, rates: list[float], lr: float, clip: float) -> dict:
+    """The whole batch at once, by torch alone; in fp16 without a loss scale, in full precision."""
+    torch.manual_seed(0)
+    model = Model()
+    groups = [{"params": ps} for ps in parameter_groups(model).values() if ps]
+    base = [g["lr"] for g in engine(0, precision).optimizer.param_groups]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=1e-4)
+    norms, norm = [], 0.0
+    dtype = AUTOCAST.get(precision)
+    factor = 1.0
+    for step in range(STEPS):
+        if step != BAD_STEP:
+            for group, start in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = start * factor
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                outputs = model(images(step))
+            loss_of(outputs, step).backward()
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip))
+            optimizer.step()
+        factor = rates[step] / base[-1]  # the schedule goes on at each step
+        norms.append(norm)
+    return {"weights": {n: p.detach() for n, p in model.named_parameters()}, "norms": norms}
+
+
+def main() -> None:
+    rank, _ = start_process_group(torch.device("cpu"))
+    report = {}
+    for stage in STAGES:
+        for precision in PRECISIONS:
+            mine = ours(stage, precision)
+            beside = plain(precision, mine["rates"], 2e-4, 0.1)
+            theirs = beside["weights"]
+            moved = engine(0, "fp32").module.state_dict()
+            report[f"{stage}-{precision}"] = {
+                # In units of the way that the weights went.
+                "weights": max(
+                    float((mine["weights"][n] - theirs[n]).norm() / (theirs[n] - moved[n]).norm())
+                    for n in theirs
+                    if not n.startswith("frozen")
+                ),
+                "norms": [a / b - 1 for a, b in zip(mine["norms"], beside["norms"]) if b],
+                "clipped": [norm > 0.1 for norm in beside["norms"]],
+                **{key: mine[key] for key in ("updates", "scales", "kept", "rates")},
+            }
+    if rank == 0:
+        print(json.dumps(report))
+    stop_process_group()
+
+
+if __name__ == "__main__":
+    main()
