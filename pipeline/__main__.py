@@ -56,8 +56,10 @@ class PredictOptions:
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    file: Annotated[Path, Positional]
-    """A file of a run folder's non_finite/."""
+    path: Annotated[Path, Positional]
+    """A run folder, with a step; or a file of its non_finite/."""
+    step: Annotated[int, Positional] = 0
+    """The step of the run folder, from 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -246,15 +248,20 @@ def run_replay(args: list[str]) -> None:
         ReplayOptions,
         args,
         "python -m pipeline replay",
-        "Runs the step again whose loss was not finite, and says where it went wrong.\n\nExample: "
+        "Takes a step of a run again on this device, from the checkpoint before it or from what "
+        "was saved of it, and says where it went wrong.\n\nExamples: "
+        "python -m pipeline replay runs/r50 120\n"
         "python -m pipeline replay runs/r50/non_finite/step-00000120-rank-0.pt",
     )
-    from pipeline.bad_step import replay
     from pipeline.config import EngineConfig
     from pipeline.engine import choose_device
+    from pipeline.replay import replay_saved, replay_step
 
-    _, report = replay(options.file, choose_device(EngineConfig(device=options.device)))
-    print(report)
+    device = choose_device(EngineConfig(device=options.device))
+    if options.path.is_dir():
+        print(replay_step(options.path, options.step, device).report())
+    else:
+        print(replay_saved(options.path, device)[1])
 
 
 def run_benchmark_step(args: list[str]) -> None:
@@ -324,7 +331,7 @@ COMMANDS = {
     "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint on a shard folder"),
     "predict": Command(run_predict, "a picture of predictions beside the ground truth"),
     "export": Command(run_export, "a checkpoint for the transformers library"),
-    "replay": Command(run_replay, "run a step again whose loss was not finite"),
+    "replay": Command(run_replay, "take a step of a run again"),
     "benchmark-step": Command(run_benchmark_step, "time a training step, beside others"),
     "benchmark-data": Command(run_benchmark_data, "time decoding to batching, beside others"),
     "describe": Command(run_describe, "parameters, multiply-adds and memory of recipes"),

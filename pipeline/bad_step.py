@@ -5,8 +5,6 @@ generators' states and the weights before the step. `python -m pipeline replay F
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.criterion import build_criterion
-from model.detr import build_model
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
-from pipeline.engine import AUTOCAST
-from pipeline.errors import UserError
 from pipeline.on_host import OnHost
 
 MOST_NAMES = 6
@@ -159,72 +153,3 @@ def _names(kind: str, tensors: dict[str, Tensor]) -> str:
         return ""
     rest = [f"and {len(bad) - MOST_NAMES} more"] if len(bad) > MOST_NAMES else []
     return f"{kind} {', '.join(bad[:MOST_NAMES] + rest)}"
-
-
-def replay(file: Path, device: torch.device) -> tuple[dict[str, Tensor], str]:
-    """Runs a saved step's forward pass and losses again: the losses ({} where the matcher refuses
-    the predictions), and what is not finite, the first module to say so among it.
-
-    Exact on the kind of device where it happened. Raises `UserError` for another file.
-    """
-    saved = _read(file)
-    config = RunConfig.from_json(saved["config"])
-    model = build_model(config.model).to(device)
-    model.load_state_dict(saved["model"])
-    model.train()
-    batch = Batch(**saved["batch"]).to(device)
-    dtype = AUTOCAST.get(config.engine.precision)
-    torch.set_rng_state(saved["generators"]["cpu"])
-    if device.type == "cuda" and "cuda" in saved["generators"]:
-        torch.cuda.set_rng_state(saved["generators"]["cuda"], device)
-    losses: dict[str, Tensor] = {}
-    first: list[str] = []
-    # The engine casts the model alone; matching and losses stay in full precision.
-    with torch.no_grad(), _first_bad_module(model, first):
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            outputs = model(batch.normalized_images(), batch.padding_mask)
-        refused = ""
-        try:
-            losses = build_criterion(config.model).to(device)(
-                outputs, batch.targets, saved["num_boxes"].to(device)
-            )
-        except FloatingPointError as error:
-            refused = str(error)
-    lines = [
-        f"step {saved['step']}, rank {saved['rank']}, images {batch.image_ids}",
-        f"first module with an output that is not finite: {first[0] if first else 'none'}",
-        f"loss: {float(losses['loss']) if losses else refused}",
-        f"not finite: {describe(model, batch, outputs, losses)}",
-    ]
-    return losses, "\n".join(lines)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"{str(file)!r} is no file; expected one of a run folder's non_finite/")
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(saved, dict) or "generators" not in saved:
-        raise UserError(f"{file} is no saved step; expected one of a run folder's non_finite/")
-    return saved
-
-
-@contextmanager
-def _first_bad_module(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Collects, in order of execution, the names of modules that make numbers not finite."""
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(f"{name} ({type(module).__name__})")
-
-        return hook
-
-    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -39,6 +39,11 @@ class State:
     ema: Ema | None
     meter: Meter
 
+    @property
+    def model(self) -> nn.Module:
+        """What is evaluated: the average of the weights where there is one."""
+        return self.ema.module if self.ema else self.engine.module
+
 
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, beside its training.
@@ -68,13 +73,11 @@ class CheckpointWriter:
             return
         training["loss_scale"] = asdict(state.updater.scale)
         training["grad_norm"] = state.updater.grad_norm
-        evaluated = state.engine.module
         if state.ema:
-            evaluated = state.ema.module
             training["ema_updates"] = state.ema.updates
             training["weights"] = copied(state.engine.module)
         model = {
-            "model": copied(evaluated),
+            "model": copied(state.model),
             "config": self.config.to_json(),
             "labels": asdict(self.labels),
             "progress": asdict(progress),

@@ -28,9 +28,6 @@ class Ema:
         for own, other in zip(self.module.buffers(), model.buffers(), strict=True):
             own.copy_(other)
 
-    def state(self) -> dict[str, Tensor]:
-        return self.module.state_dict()
-
     def restore(self, weights: dict[str, Tensor], updates: int) -> None:
         self.module.load_state_dict(weights)
         self.updates = updates

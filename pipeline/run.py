@@ -37,12 +37,9 @@ class Run:
     config: RunConfig
     folder: Path
     dataset: Dataset
-    engine: Any  # a DeepSpeedEngine
-    updater: Updater
-    ema: Ema | None
+    state: State
     criterion: nn.Module
     device: torch.device
-    meter: Meter
     log: MetricsLog
     checkpoints: CheckpointWriter
     request: StopRequest
@@ -51,15 +48,6 @@ class Run:
     steps_per_epoch: float
     rank: int
     world: int
-
-    @property
-    def state(self) -> State:
-        return State(self.engine, self.updater, self.ema, self.meter)
-
-    @property
-    def model(self) -> nn.Module:
-        """What is evaluated: the average of the weights where there is one."""
-        return self.ema.module if self.ema else self.engine.module
 
     def end_of_epoch(self, epochs: int) -> int:
         """The number of steps after which every sample has been seen `epochs` times."""
@@ -81,30 +69,16 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
             claim(folder, config, dataset)
         dist.barrier()
         torch.use_deterministic_algorithms(config.engine.deterministic)
-        model = model.to(device)
-        decay, every = config.optimizer.ema_decay, config.engine.keep_every_epochs
-        ema = Ema(model, decay) if decay else None
-        engine = build_engine(model, config, epoch_steps)
-        epochs = range(every, config.schedule.epochs + 1, every) if every else ()
-        size, batch_size = len(dataset.train), config.optimizer.batch_size
+        kept, best = kept_steps(config, dataset), partial(publish_best, folder)
         yield Run(
             config=config,
             folder=folder,
             dataset=dataset,
-            engine=engine,
-            updater=Updater(engine, config),
-            ema=ema,
+            state=new_state(config, model.to(device), epoch_steps),
             criterion=build_criterion(config.model).to(device),
             device=device,
-            meter=Meter(batch_size, device),
             log=MetricsLog(folder),
-            checkpoints=CheckpointWriter(
-                folder,
-                config,
-                dataset.labels,
-                frozenset(first_step(size, batch_size, epoch) for epoch in epochs),
-                partial(publish_best, folder),
-            ),
+            checkpoints=CheckpointWriter(folder, config, dataset.labels, kept, best),
             request=request,
             initial=initial,
             truth=ground_truth(dataset.val) if rank == 0 else None,
@@ -112,6 +86,23 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
             rank=rank,
             world=world,
         )
+
+
+def new_state(config: RunConfig, model: nn.Module, epoch_steps: float) -> State:
+    """The engine around the model, and what else is trained with it (collective)."""
+    decay = config.optimizer.ema_decay
+    ema = Ema(model, decay) if decay else None
+    device = next(model.parameters()).device
+    engine = build_engine(model, config, epoch_steps)
+    return State(engine, Updater(engine, config), ema, Meter(config.optimizer.batch_size, device))
+
+
+def kept_steps(config: RunConfig, dataset: Dataset) -> frozenset[int]:
+    """The steps at which those epochs end whose checkpoints are kept for good."""
+    every = config.engine.keep_every_epochs
+    epochs = range(every, config.schedule.epochs + 1, every) if every else ()
+    size, batch_size = len(dataset.train), config.optimizer.batch_size
+    return frozenset(first_step(size, batch_size, epoch) for epoch in epochs)
 
 
 def resume(run: Run) -> Progress:

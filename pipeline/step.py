@@ -44,24 +44,24 @@ def take_step(run: Run, progress: Progress, micro_batches: list[Batch], save: bo
     place = Place(run.folder, run.config, progress.step + 1, progress.epoch, run.rank)
     checks, computed = [], []
     for i, batch in enumerate(micro_batches):
-        check = LossCheck(place, run.engine.module, batch, num_boxes)
-        outputs = run.engine(batch.normalized_images(), batch.padding_mask)
+        check = LossCheck(place, run.state.engine.module, batch, num_boxes)
+        outputs = run.state.engine(batch.normalized_images(), batch.padding_mask)
         losses = check.losses(run.criterion, outputs)
-        run.updater.backward(losses["loss"] / passes, last=i == passes - 1)
+        run.state.updater.backward(losses["loss"] / passes, last=i == passes - 1)
         checks.append(check)
         computed.append(losses)
     said = [check.save() for check in checks if check.problem()]
-    scale = run.updater.scale.value
-    counts = run.updater.counts_if_skipped()
+    scale = run.state.updater.scale.value
+    counts = run.state.updater.counts_if_skipped()
     skipped, why = 0, ""
-    if run.updater.step():
-        run.meter.add(computed)
-        if run.ema:
-            run.ema.update(run.engine.module)
+    if run.state.updater.step():
+        run.state.meter.add(computed)
+        if run.state.ema:
+            run.state.ema.update(run.state.engine.module)
     else:
-        run.meter.skip()
+        run.state.meter.skip()
         skipped = progress.skipped + counts
-        why = reason(said, progress.step + 1, scale, run.updater.scale.dynamic)
+        why = reason(said, progress.step + 1, scale, run.state.updater.scale.dynamic)
         if skipped >= run.config.engine.most_skipped_steps:
             raise FloatingPointError(why)
     wants_save, wants_stop = asked.read().tolist()

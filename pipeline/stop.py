@@ -23,9 +23,10 @@ class StopRequest:
         self.asked = True
 
     def _look(self, file: Path, done: threading.Event) -> None:
-        while not done.wait(LOOK_EVERY):
+        while not done.is_set():
             if file.exists():
                 self.asked = True
+            done.wait(LOOK_EVERY)
 
 
 @contextmanager

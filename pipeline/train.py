@@ -58,10 +58,10 @@ def train(config: RunConfig, folder: Path) -> Path:
 def train_epoch(run: Run, progress: Progress, steps: Iterator[list[Batch]]) -> Progress:
     """Trains from `progress` to the end of its epoch, logging and checkpointing on the way."""
     settings = run.config.engine
-    run.engine.train()
+    run.state.engine.train()
     clock = Clock(settings.checkpoint_minutes)
     last_step = run.end_of_epoch(progress.epoch + 1)
-    for micro_batches in run.meter.timed(islice(steps, last_step - progress.step)):
+    for micro_batches in run.state.meter.timed(islice(steps, last_step - progress.step)):
         outcome = take_step(run, progress, micro_batches, clock.due())
         progress = replace(progress, step=progress.step + 1, skipped=outcome.skipped)
         if outcome.why and run.rank == 0:
@@ -104,17 +104,17 @@ def remaining_steps(run: Run, progress: Progress) -> Iterator[list[Batch]]:
 
 def log_step(run: Run, progress: Progress) -> None:
     run.checkpoints.raise_failure()
-    values = run.meter.flush()
-    values["lr"] = max(group["lr"] for group in run.engine.optimizer.param_groups)
-    values["grad_norm"] = run.updater.grad_norm
-    if run.updater.scale.dynamic:
-        values["loss_scale"] = run.updater.scale.value
+    values = run.state.meter.flush()
+    values["lr"] = max(group["lr"] for group in run.state.engine.optimizer.param_groups)
+    values["grad_norm"] = run.state.updater.grad_norm
+    if run.state.updater.scale.dynamic:
+        values["loss_scale"] = run.state.updater.scale.value
     if run.rank == 0:
         run.log.write("train", progress.step, epochs(run, progress), **values)
 
 
 def save(run: Run, progress: Progress) -> None:
-    require_finite_weights(run.engine.module, progress.step)
+    require_finite_weights(run.state.engine.module, progress.step)
     run.checkpoints.save(run.state, progress)
 
 
@@ -138,7 +138,7 @@ def evaluate_epoch(run: Run, progress: Progress, epoch: int) -> Progress:
 
     val, labels = run.dataset.val, run.dataset.labels
     mine = detect(
-        run.model, val, labels, run.config, run.device, run.rank, run.world, stop_if_asked
+        run.state.model, val, labels, run.config, run.device, run.rank, run.world, stop_if_asked
     )
     detections = gather(mine)
     best: list[Any] = [progress.best_ap, progress.best_step]

@@ -12,13 +12,14 @@ import torch
 
 from model.criterion import build_criterion
 from model.detr import build_model
-from pipeline.bad_step import LossCheck, Place, replay, require_finite_weights
+from pipeline.bad_step import LossCheck, Place, require_finite_weights
 from pipeline.checkpoint_store import check, checkpoint_path, load_model, load_training
 from pipeline.data.augment import Example
 from pipeline.data.batch import collate
 from pipeline.engine import AUTOCAST
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
+from pipeline.replay import replay_saved
 from pipeline.tracking import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ def test_a_loss_that_the_matcher_does_not_see(tmp_path):
     assert str(saved_file(tmp_path)) in message
     assert "\n" not in message
     # In the order of the losses, all of them, as they were; and nothing moved without the step.
-    losses, report = replay(saved_file(tmp_path), CPU)
+    losses, report = replay_saved(saved_file(tmp_path), CPU)
     assert losses.keys() == step.losses.keys()
     assert sum(not x.isfinite() for x in losses.values()) == 2
     for name, value in step.losses.items():
@@ -116,7 +117,7 @@ def test_on_a_gpu_the_generator_is_restored_too(tmp_path, precision):
     poison(step.model, 3)
     with pytest.raises(FloatingPointError, match=r"the loss is nan"):
         step.take(a_batch())
-    losses, _ = replay(saved_file(tmp_path), torch.device("cuda"))
+    losses, _ = replay_saved(saved_file(tmp_path), torch.device("cuda"))
     for name, value in step.losses.items():
         torch.testing.assert_close(losses[name], value.detach(), rtol=1e-3, atol=0, equal_nan=True)
 
@@ -137,7 +138,7 @@ def test_predictions_that_the_matcher_refuses(tmp_path, precision):
         assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert (saved["step"], saved["epoch"], saved["rank"]) == (12, 1, 3)
     assert not torch.equal(saved["generators"]["cpu"], before)
-    losses, report = replay(saved_file(tmp_path), CPU)
+    losses, report = replay_saved(saved_file(tmp_path), CPU)
     assert losses == {}
     assert "matching cost" in report
     assert "heads.classes.5 (Linear)" in report
@@ -175,7 +176,7 @@ def test_files_that_are_no_saved_step(tmp_path):
     (tmp_path / "noise.pt").write_bytes(b"noise")
     for name, words in {"none": "is no file", "other": "no saved step", "noise": "be read"}.items():
         with pytest.raises(UserError, match=words) as caught:
-            replay(tmp_path / f"{name}.pt", CPU)
+            replay_saved(tmp_path / f"{name}.pt", CPU)
         assert "\n" not in str(caught.value)
 
 

@@ -1,91 +1,17 @@
-"""Training as a user starts it: real processes, real DeepSpeed over gloo, killed and resumed."""
+"""Training as a user starts it: real processes, real DeepSpeed over gloo."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
-import psutil
 import pytest
-import torch
+from training_runs import ENVIRONMENT, ROOT, command, events, kill_once, metrics, run
 
 from pipeline.__main__ import COMMANDS
-from pipeline.checkpoint_store import checkpoint_path, load_model
+from pipeline.checkpoint_store import checkpoint_steps, load_model
 from pipeline.cli import main
-from pipeline.tracking import read_lines
 
-ROOT = Path(__file__).resolve().parents[2]
-# Speeds differ from run to run; everything else must not.
-TIMINGS = ("time", "images_per_second", "data_wait")
 pytestmark = pytest.mark.slow
-
-
-def command(drawn, recipe: str, folder: Path, *options: object, ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", "0"]
-    launcher = [] if ranks == 1 else [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                                      "127.0.0.1:0"]  # fmt: skip
-    return [
-        sys.executable, *map(str, launcher), "-m", "pipeline", "train", recipe,
-        "--output", str(folder), "--data.train", str(drawn.shards / "train"),
-        "--data.val", str(drawn.shards / "val"), "--engine.loader-workers", "0",
-        *map(str, options),
-    ]  # fmt: skip
-
-
-def run(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def kill_after_first_checkpoint(arguments: list[str], folder: Path) -> None:
-    output = folder.with_suffix(".log")
-    with output.open("w") as log:
-        process = subprocess.Popen(
-            arguments, cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
-            stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    deadline = time.monotonic() + 150
-    while not list((folder / "checkpoints").glob("step-*[0-9]")):
-        assert process.poll() is None, output.read_text()[-3000:]
-        assert time.monotonic() < deadline, "no checkpoint in time"
-        time.sleep(0.02)
-    family = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)  # torchrun alone: its processes have other sessions
-    process.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive  # else they would train on beside the next start
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = [x for x in read_lines(folder / "metrics.jsonl") if x["kind"] != "event"]
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-
-
-def test_a_killed_run_resumes_to_the_same_weights_and_metrics(drawn, tmp_path):
-    options = [
-        "--schedule.epochs", 4, "--optimizer.batch-size", 8, "--engine.log-every", 1,
-        "--engine.precision", "fp32", "--model.dropout", 0.1, "--engine.checkpoint-steps", 2,
-    ]  # fmt: skip
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    run(command(drawn, "demo", whole, *options, ranks=2))
-    kill_after_first_checkpoint(command(drawn, "demo", resumed, *options, ranks=2), resumed)
-    before = len(metrics(resumed))
-    assert before < len(metrics(whole)) == 24  # 4 epochs of 5 steps and an evaluation
-    run(command(drawn, "demo", resumed, *options, ranks=2))
-    assert metrics(resumed) == metrics(whole)
-    ends = [torch.load(checkpoint_path(f, 20) / "model.pt")["model"] for f in (whole, resumed)]
-    assert ends[0].keys() == ends[1].keys()
-    for name, value in ends[0].items():
-        assert torch.equal(value, ends[1][name]), name
-    texts = [x["text"] for x in read_lines(resumed / "metrics.jsonl") if x.get("text")]
-    assert any("resumed after step" in text for text in texts)
 
 
 @pytest.fixture
@@ -116,20 +42,15 @@ def test_a_run_goes_on_with_other_numbers_of_processes(squares, tmp_path):
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run(command(squares, recipe, whole, *options, ranks=2))
     alone = command(squares, recipe, moved, *options, "--engine.micro-batch", 3)
-    kill_after_first_checkpoint(alone, moved)
+    kill_once(lambda: checkpoint_steps(moved), alone, tmp_path / "log")
     run(command(squares, recipe, moved, *options, ranks=3))
-    assert starts(moved) == [1, 3]
+    assert [x["world"] for x in events(moved, "start")] == [1, 3]
     pairs = list(zip(metrics(moved), metrics(whole), strict=True))
     assert sum(line["kind"] == "train" for line, _ in pairs) >= 6
     for mine, theirs in pairs:
         assert mine["kind"] == theirs["kind"]
         for name in [n for n in theirs if n == "lr" or n.startswith("loss")]:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5), (theirs["step"], name)
-
-
-def starts(folder: Path) -> list[int]:
-    """Numbers of processes, in order of the starts that led to the end."""
-    return [x["world"] for x in read_lines(folder / "metrics.jsonl") if x.get("event") == "start"]
 
 
 def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(
@@ -143,7 +64,7 @@ def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(
         "--engine.log-every", 1, "--engine.checkpoint-steps", 3,
     ]  # fmt: skip
     arguments = command(drawn, "deformable_detr_r50", folder, *options)
-    kill_after_first_checkpoint(arguments, folder)
+    kill_once(lambda: checkpoint_steps(folder), arguments, tmp_path / "log")
     run(arguments)
     lines = metrics(folder)
     assert [x["step"] for x in lines if x["kind"] == "train"] == [1, 2, 3, 4, 5]

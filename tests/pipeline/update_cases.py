@@ -89,6 +89,7 @@ def main() -> None:
             mine = ours(stage, precision)
             beside = plain(precision, mine["rates"], 2e-4, 0.1)
             theirs = beside["weights"]
+            pairs = list(zip(mine["norms"], beside["norms"], strict=True))
             moved = engine(0, "fp32").module.state_dict()
             report[f"{stage}-{precision}"] = {
                 # In units of the way that the weights went.
@@ -97,7 +98,7 @@ def main() -> None:
                     for n in theirs
                     if not n.startswith("frozen")
                 ),
-                "norms": [a / b - 1 for a, b in zip(mine["norms"], beside["norms"]) if b],
+                "norms": [a / b - 1 for a, b in pairs if b],
                 "clipped": [norm > 0.1 for norm in beside["norms"]],
                 **{key: mine[key] for key in ("updates", "scales", "kept", "rates")},
             }

@@ -1,0 +1,237 @@
+"""Trainings that are killed, asked to stop, or started twice: nothing is lost, nothing differs."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import (
+    ENVIRONMENT,
+    ROOT,
+    command,
+    events,
+    kill_once,
+    metrics,
+    require_same_ends,
+    run,
+    start,
+    wait_for,
+)
+
+import pipeline.run_folder
+from pipeline.checkpoint_store import checkpoint_steps
+from pipeline.engine import stop_process_group
+from pipeline.errors import FolderInUse
+from pipeline.replay import replay_step
+from pipeline.run_folder import hold
+from pipeline.stop import stop_request
+
+# With means in the metrics that checkpoints fall into, dropout, and an average of the weights.
+OPTIONS = [
+    "--schedule.epochs", 4, "--optimizer.batch-size", 8, "--engine.log-every", 3,
+    "--engine.precision", "fp32", "--model.dropout", 0.1, "--engine.checkpoint-steps", 2,
+    "--optimizer.ema-decay", 0.9,
+]  # fmt: skip
+ALONE = [
+    "--schedule.epochs", 2, "--optimizer.batch-size", 8, "--engine.log-every", 1,
+    "--engine.precision", "fp32", "--model.dropout", 0.1,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(drawn, tmp_path_factory) -> Path:
+    """A run by two processes that nothing disturbed: 4 epochs of 5 steps."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(command(drawn, "demo", folder, *OPTIONS, "--engine.keep-every-epochs", 2, ranks=2))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_latest_the_best_and_a_period_of_epochs_are_kept(whole):
+    evaluations = [x for x in metrics(whole) if x["kind"] == "evaluation"]
+    best = max(evaluations, key=lambda x: (x["AP"], -x["step"]))
+    assert set(checkpoint_steps(whole)) == {10, 18, 20, best["step"]}
+
+
+@pytest.mark.slow
+def test_killed_then_asked_to_stop_it_ends_as_if_undisturbed(drawn, whole, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = command(drawn, "demo", folder, *OPTIONS, ranks=2)
+    kill_once(lambda: checkpoint_steps(folder), arguments, log)
+    before = checkpoint_steps(folder)[-1]
+
+    process = start(arguments, log)
+    wait_for(lambda: checkpoint_steps(folder)[-1] > before, process, log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) != 0
+    (stopped,) = events(folder, "stopped")
+    assert f"stopped after step {stopped['step']} as asked" in log.read_text()
+    assert checkpoint_steps(folder)[-1] == stopped["step"]  # not a step was lost
+
+    (folder / "stop").touch()
+    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "stopped after step" in done.stdout
+    assert events(folder, "stopped")[-1]["step"] >= stopped["step"]
+    (folder / "stop").unlink()
+
+    run(arguments)
+    assert len(events(folder, "start")) == 4
+    require_same_ends(folder, whole)
+
+
+IN_EVALUATION = """
+import os, signal, sys
+import pipeline.train as trainer
+from pipeline.__main__ import COMMANDS
+from pipeline.cli import main
+
+detect = trainer.detect
+
+def stopped(*given):
+    if not os.path.exists(sys.argv[-1]):
+        open(sys.argv[-1], "w").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return detect(*given)
+
+trainer.detect = stopped
+sys.exit(main("stopped", "", COMMANDS, sys.argv[1:-1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def plain(drawn, tmp_path_factory) -> Path:
+    """A run by one process, 2 epochs of 5 steps, each of which has a line of metrics."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    run(command(drawn, "demo", folder, *ALONE))
+    return folder
+
+
+@pytest.mark.slow
+def test_asked_to_stop_in_an_evaluation_it_evaluates_after_the_next_start(drawn, plain, tmp_path):
+    script, done = tmp_path / "script.py", tmp_path / "done"
+    script.write_text(IN_EVALUATION)
+    folder = tmp_path / "run"
+    arguments = [*command(drawn, "demo", folder, *ALONE, script=str(script)), str(done)]
+    first = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert first.returncode == 128 + signal.SIGTERM
+    assert first.stderr == ""
+    assert checkpoint_steps(folder) == [5]
+    assert not (folder / "evaluations").exists()
+    run(arguments)
+    require_same_ends(folder, plain)
+
+
+@pytest.mark.slow
+def test_a_step_is_taken_again_to_the_last_bit(plain, run_command):
+    replayed = replay_step(plain, 8, torch.device("cpu"))
+    assert (replayed.step, replayed.start, replayed.applied) == (8, 5, True)
+    (line,) = [x for x in metrics(plain) if x["kind"] == "train" and x["step"] == 8]
+    assert replayed.grad_norm == line["grad_norm"]
+    assert len(replayed.losses) > 10
+    for name, value in replayed.losses.items():
+        assert value == line[name], name
+    stop_process_group()
+    for arguments, words in [
+        ((plain, 11), "step: got 11, expected one of 1 to 10"),
+        ((plain,), "step: got 0, expected one of 1 to 10"),
+        ((plain.parent, 3), "has no config.json"),
+    ]:
+        done = run_command("pipeline", "replay", *arguments)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from pipeline.replay import replay_step
+from pipeline.run_folder import hold
+with hold(Path(sys.argv[1]), True):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_training_has_a_folder_and_a_killed_one_leaves_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.run_folder, "DYING", 0.3)
+    folder = tmp_path / "run"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(folder)],
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(FolderInUse, match="is in use by another training"), hold(folder, True):
+        pass
+    with hold(folder, False):  # not rank 0
+        pass
+    other.kill()
+    other.wait()
+    with hold(folder, True):
+        pass
+
+
+def test_a_stop_is_heard_by_signal_and_by_file(tmp_path):
+    with stop_request(tmp_path, look=True) as request:
+        assert not request.asked
+        signal.raise_signal(signal.SIGTERM)
+        assert request.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # asked already: at once
+    (tmp_path / "stop").touch()
+    with stop_request(tmp_path, look=False) as request:
+        time.sleep(0.05)
+        assert not request.asked
+    with stop_request(tmp_path, look=True) as request:
+        deadline = time.monotonic() + 5
+        while not request.asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert request.asked
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+HANGING = """
+import sys, time
+import pipeline.step
+from pipeline.__main__ import COMMANDS
+from pipeline.cli import main
+
+seed = pipeline.step.seed_step
+
+def hangs(value, step, rank):
+    if step == 3 and rank == 1:
+        time.sleep(600)
+    seed(value, step, rank)
+
+pipeline.step.seed_step = hangs
+sys.exit(main("hanging", "", COMMANDS, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run_in_time_and_is_named(drawn, tmp_path):
+    script, folder = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(HANGING)
+    options = ["--optimizer.batch-size", 8, "--engine.collective-timeout", 15]
+    arguments = command(drawn, "demo", folder, *options, ranks=2, script=str(script))
+    began = time.monotonic()
+    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert time.monotonic() - began < 90
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert "rank 0: waited 15 s (engine.collective_timeout) for another process in vain" in said[0]
+
+
+@pytest.mark.slow
+def test_checkpoints_by_the_clock_change_nothing(drawn, whole, tmp_path):
+    folder = tmp_path / "run"
+    often = ["--engine.checkpoint-minutes", 1e-6, "--engine.keep-checkpoints", 50]
+    run(command(drawn, "demo", folder, *OPTIONS, *often, ranks=2))
+    assert checkpoint_steps(folder) == list(range(1, 21))
+    require_same_ends(folder, whole)
