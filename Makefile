@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 
-.PHONY: demo test setup check operators lock bench gpu sanitize torch-versions clean
+.PHONY: demo test chaos setup check operators lock bench gpu sanitize torch-versions clean
 
 demo: setup
 	@$(BIN)/python -m jobs demo
@@ -34,6 +34,10 @@ check: setup
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
+
+# Kills at random and cut networks; about half an hour. Its cluster is of this machine alone.
+chaos: setup
+	@$(BIN)/python -m pytest -m chaos
 
 bench: setup
 	@$(BIN)/python -m cuda_ops benchmark

@@ -133,17 +133,17 @@ def run_train(args: list[str]) -> None:
 
     end_with_torchrun()
     first = os.environ.get("RANK", "0") == "0"
-    with printed_progress(options.output, options.config.recipe) if first else nullcontext():
-        try:
+    try:
+        with printed_progress(options.output, options.config.recipe) if first else nullcontext():
             best = train(options.config, options.output)
-        except FloatingPointError as error:  # on every rank; one tells it
-            sys.exit(f"error: {error}" if first else 1)
-        except Unreachable as error:
-            sys.exit(f"error: {error}")
-        except Stopped as stopped:
-            if first:
-                print(stopped)
-            sys.exit(128 + signal.SIGTERM)
+    except FloatingPointError as error:  # on every rank; one tells it
+        sys.exit(f"error: {error}" if first else 1)
+    except Unreachable as error:
+        sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        if first:
+            print(stopped)
+        sys.exit(128 + signal.SIGTERM)
     stop_process_group()
     if first:
         print(f"best checkpoint: {best}")

@@ -4,6 +4,7 @@ The process that trains decides which samples make a batch; a worker is told the
 nothing else than the shards. So the number of workers changes nothing.
 """
 
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,12 +55,20 @@ class _Samples(Dataset):
         return collate(examples, records)
 
 
+def _left_to_the_trainer(worker: int) -> None:
+    """In a worker process: schedulers and terminals signal it, too, and while the trainer saves
+    because of that, it is still needed. It ends with the trainer, whichever way."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _load(
     samples: _Samples, batches: Iterable[np.ndarray], workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     loader = DataLoader(
-        samples, sampler=batches, batch_size=None, num_workers=workers, pin_memory=pin_memory
-    )
+        samples, sampler=batches, batch_size=None, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=_left_to_the_trainer,
+    )  # fmt: skip
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch

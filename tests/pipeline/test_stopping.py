@@ -1,14 +1,24 @@
 """Trainings that are killed, asked to stop, or started twice: nothing is lost, nothing differs."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from training_runs import (
+
+import pipeline.run_folder
+from pipeline.checkpoint_store import checkpoint_steps
+from pipeline.engine import stop_process_group
+from pipeline.errors import FolderInUse
+from pipeline.replay import replay_step
+from pipeline.run_folder import hold
+from pipeline.stop import stop_request
+from tests.pipeline.training_runs import (
     ENVIRONMENT,
     ROOT,
     command,
@@ -20,14 +30,6 @@ from training_runs import (
     start,
     wait_for,
 )
-
-import pipeline.run_folder
-from pipeline.checkpoint_store import checkpoint_steps
-from pipeline.engine import stop_process_group
-from pipeline.errors import FolderInUse
-from pipeline.replay import replay_step
-from pipeline.run_folder import hold
-from pipeline.stop import stop_request
 
 # With means in the metrics that checkpoints fall into, dropout, and an average of the weights.
 OPTIONS = [
@@ -121,6 +123,21 @@ def test_asked_to_stop_in_an_evaluation_it_evaluates_after_the_next_start(drawn,
     assert first.stderr == ""
     assert checkpoint_steps(folder) == [5]
     assert not (folder / "evaluations").exists()
+    run(arguments)
+    require_same_ends(folder, plain)
+
+
+@pytest.mark.slow
+def test_a_scheduler_tells_the_loaders_processes_too(drawn, plain, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = command(drawn, "demo", folder, *ALONE, "--engine.loader-workers", 2)
+    process = start(arguments, log)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and metrics(folder), process, log)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, log.read_text()[-3000:]
+    assert not psutil.wait_procs(family, timeout=10)[1]
     run(arguments)
     require_same_ends(folder, plain)
 

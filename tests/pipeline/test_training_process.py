@@ -5,11 +5,11 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from training_runs import ENVIRONMENT, ROOT, command, events, kill_once, metrics, run
 
 from pipeline.__main__ import COMMANDS
 from pipeline.checkpoint_store import checkpoint_steps, load_model
 from pipeline.cli import main
+from tests.pipeline.training_runs import ENVIRONMENT, ROOT, command, events, kill_once, metrics, run
 
 pytestmark = pytest.mark.slow
 
