@@ -35,7 +35,7 @@ from data_prep.records import Span, Task, each_chunk, short
 from data_prep.shards import join_record, record_length
 from data_prep.storage import Location
 
-_BLOCK = 16 * 2**20
+_BLOCK = 2**18  # bytes; fits into the cache
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from data_prep.parallel import OrderedMap
 
-CHUNK = 8 * 2**20  # bytes
+CHUNK = 2 * 2**20  # bytes
 _GAP = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*\{")
 _BLANK = re.compile(r"[ \t\n\r]*")
 _NEXT = (",", "]")

@@ -12,6 +12,7 @@ run, as that of a new data set is, which with 19 GB seldom fits.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -156,17 +157,18 @@ def measured(command: list[str]) -> Measured:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
+    peak, seconds = 0, 0.0
+    while not seconds:
         try:
             family = [process.pid, *(child.pid for child in process.children(recursive=True))]
             peak = max(peak, sum(map(proportional_set_size, family)))
         except (psutil.Error, OSError):  # one of them ended meanwhile
-            continue
-        time.sleep(0.5)
+            pass
+        with contextlib.suppress(psutil.TimeoutExpired):  # ends with the process, not after it
+            process.wait(timeout=0.5)
+            seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"status {process.returncode}: {' '.join(command)}")
-    seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Measured(seconds, cpu, peak / 2**30)

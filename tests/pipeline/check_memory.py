@@ -1,8 +1,9 @@
 """Memory of the loader over epochs: `python tests/pipeline/check_memory.py [RECORDS] [WORKERS]`.
 
 Writes shards of RECORDS tiny pictures, reads them through as training does, and prints what this
-process and each worker hold after every tenth of an epoch. Fails where a worker has more than
-400 MB resident, or where anything grows after the first epoch.
+process and each worker hold after every tenth of an epoch. Fails where a worker's proportional
+share is above 400 MB (what is resident counts all that a fork shares), or where what is resident
+grows after the first epoch.
 """
 
 import io
