@@ -5,6 +5,7 @@ another process first. Exit status: the driver's.
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from pathlib import Path
 from types import FrameType
 
 from jobs.restarts import Restarts
-from jobs.spec import SPEC_VARIABLE, JobSpec
+from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main() -> int:
     spec = JobSpec.from_json(os.environ[SPEC_VARIABLE])
+    environment = {**os.environ, JOB_VARIABLE: secrets.token_hex(8)}
     asked: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -28,7 +30,7 @@ def main() -> int:
 
     restarts: Restarts | None = None
     while True:
-        driver = subprocess.Popen([sys.executable, "-m", "jobs.driver"])
+        driver = subprocess.Popen([sys.executable, "-m", "jobs.driver"], env=environment)
         for number in SIGNALS:
             signal.signal(number, pass_on)
         status = driver.wait()

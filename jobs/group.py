@@ -7,18 +7,18 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from jobs.network import NodeInterface
-from jobs.resources import Waiting, placed
+from jobs.fence import Fence
+from jobs.process_group import ProcessGroupConfig
+from jobs.resources import Waiting, placed, recount
 from jobs.restarts import Restarts
 from jobs.save_first import SaveFirst
-from jobs.spec import JobSpec
+from jobs.spec import JOB_VARIABLE, JobSpec
 from jobs.stopping import ASKED, PREEMPTED, StopFile
 from pipeline.config import RunConfig
 from pipeline.errors import FolderInUse, UserError
@@ -28,7 +28,7 @@ PERMANENT = (UserError, FloatingPointError, ImportError)
 FINISHED = ""  # why training ended, where nobody stopped it
 
 
-def worker(arguments: dict[str, str]) -> str:
+def worker(arguments: dict[str, Any]) -> str:
     """Runs in every process of the group. Returns why training ended."""
     import torch
 
@@ -37,6 +37,7 @@ def worker(arguments: dict[str, str]) -> str:
 
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     first, folder = torch.distributed.get_rank() == 0, Path(arguments["folder"])
+    Fence(folder, arguments["job"]).end_process_when_over(arguments["attempt"])
     try:
         train(RunConfig.from_json(arguments["config"]), folder)
     except Stopped:
@@ -51,6 +52,7 @@ class Group:
         self.spec, self.config, self.use_gpu = spec, config, use_gpu
         self.folder = Path(spec.folder)
         self.need = {"CPU": spec.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+        self.fence = Fence(self.folder, os.environ[JOB_VARIABLE])
         self.request = StopFile(self.folder)
         self.asked = False
 
@@ -65,13 +67,13 @@ class Group:
         Starts over after failures that may pass, as often as `Restarts` allows, and raises the
         last one's cause.
         """
-        restarts, attempt = Restarts(self.folder, self.spec.restarts), 0
+        restarts = Restarts(self.folder, self.spec.restarts)
         while True:
             self.request.withdraw()  # one that the group before has not lived to answer
             if self.asked:
                 return False
             try:
-                reason = self.attempt(attempt)
+                reason = self.attempt()
             except (TrainingFailedError, RayError) as error:
                 cause = root_cause(error)
                 permanent = isinstance(cause, PERMANENT) and not isinstance(cause, FolderInUse)
@@ -85,14 +87,12 @@ class Group:
                 if reason != PREEMPTED:
                     return reason == FINISHED
                 print("a node is about to go; training is saved and goes on elsewhere", flush=True)
-            attempt += 1
 
-    def attempt(self, number: int) -> str:
+    def attempt(self) -> str:
         """One worker group, from its start to its end. Returns why it ended."""
         outcome: Future[str] = Future()
         # Not in the main thread, which takes signals.
-        arguments = (outcome, self.trainer(number))
-        threading.Thread(target=fulfil, args=arguments, daemon=True).start()
+        threading.Thread(target=self.fulfil, args=(outcome,), daemon=True).start()
         waiting = Waiting(self.need, self.spec.min_workers or self.spec.workers)
         while not outcome.done():
             has_resources = placed()
@@ -102,15 +102,27 @@ class Group:
             time.sleep(0.5)
         return outcome.result()
 
-    def trainer(self, number: int) -> TorchTrainer:
+    def fulfil(self, outcome: "Future[str]") -> None:
+        try:
+            if self.spec.min_workers:
+                recount()
+            outcome.set_result(self.trainer(self.fence.begin()).fit().return_value)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    def trainer(self, attempt: int) -> DataParallelTrainer:
         spec = self.spec
-        name = f"attempt-{ray.get_runtime_context().get_job_id()}-{number}"
-        return TorchTrainer(
+        return DataParallelTrainer(
             worker,
-            train_loop_config={"config": self.config.to_json(), "folder": spec.folder},
-            torch_config=TorchConfig(
+            train_loop_config={
+                "config": self.config.to_json(),
+                "folder": spec.folder,
+                "job": self.fence.job,
+                "attempt": attempt,
+            },
+            backend_config=ProcessGroupConfig(
                 backend="nccl" if self.use_gpu else "gloo",
-                timeout_s=self.config.engine.collective_timeout,
+                timeout=self.config.engine.collective_timeout,
             ),
             scaling_config=ScalingConfig(
                 num_workers=(spec.min_workers, spec.workers) if spec.min_workers else spec.workers,
@@ -120,19 +132,12 @@ class Group:
             ),
             run_config=RayRunConfig(
                 storage_path=str(self.folder / "ray"),
-                name=name,
+                name=f"attempt-{attempt}",
                 # Ray would count in total, and retry what comes again with every restart.
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
-                callbacks=[NodeInterface(), SaveFirst(self.folder, spec.grace)],
+                callbacks=[SaveFirst(self.folder, spec.grace)],
             ),
         )
-
-
-def fulfil(outcome: "Future[str]", trainer: TorchTrainer) -> None:
-    try:
-        outcome.set_result(trainer.fit().return_value)
-    except BaseException as error:
-        outcome.set_exception(error)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -35,6 +35,18 @@ def room(need: Mapping[str, float], nodes: Iterable[Mapping[str, Any]]) -> int:
     )
 
 
+def recount() -> None:
+    """Has Ray look at the cluster's nodes now. An elastic group is sized by what Ray saw last, up
+    to 20 s ago, and then waits in vain for a node that is gone."""
+    # Heavy: it brings all of ray.data.
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    coordinator = get_or_create_autoscaling_coordinator()
+    ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True))
+
+
 def placed() -> bool:
     """Whether a worker group of this job has its resources."""
     job = ray.get_runtime_context().get_job_id()  # the end of its placement groups' ids

@@ -1,6 +1,7 @@
 """What decides whether a job starts over, stops or waits, without a cluster."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,17 @@ import pytest
 
 from jobs import entry, resources
 from jobs.__main__ import run_submit
-from jobs.network import interface_of
+from jobs.fence import Fence
+from jobs.process_group import interface_of
 from jobs.resources import Waiting, room, wants_gpu
 from jobs.restarts import Restarts
-from jobs.spec import SPEC_VARIABLE, JobSpec
+from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
 from jobs.stopping import ASKED, PREEMPTED, StopFile
 from jobs.submit import submit
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def checkpoint(folder: Path, step: int) -> None:
@@ -52,10 +56,11 @@ class Drivers:
     """Stands for `subprocess` in the entry point: a process for each of these commands."""
 
     def __init__(self, *commands: str) -> None:
-        self.left = list(commands)
+        self.left, self.keys = list(commands), {}
 
-    def Popen(self, command: list[str]) -> subprocess.Popen:
+    def Popen(self, command: list[str], env: dict[str, str]) -> subprocess.Popen:
         assert command == [sys.executable, "-m", "jobs.driver"]
+        assert env[JOB_VARIABLE] == self.keys.setdefault("job", env[JOB_VARIABLE])
         return subprocess.Popen(["sh", "-c", self.left.pop(0)])
 
 
@@ -77,6 +82,35 @@ def test_a_killed_driver_is_started_again(commands, status, said, tmp_path, monk
     assert entry.main() == status
     assert drivers.left == []
     assert capsys.readouterr().out.count("the driver was killed by SIG") == said
+
+
+def test_an_earlier_attempt_of_the_same_job_is_over(tmp_path):
+    fence, other = Fence(tmp_path, "one"), Fence(tmp_path, "other")
+    first = fence.begin()
+    assert not fence.over(first)
+    theirs = other.begin()
+    assert not fence.over(first)  # the folder's lock decides between jobs
+    second = fence.begin()
+    assert fence.over(first)
+    assert not fence.over(second)
+    assert not other.over(theirs)
+    shutil.rmtree(tmp_path / "ray")
+    assert not fence.over(first)
+
+
+def test_a_process_ends_with_its_attempt(tmp_path):
+    fence = Fence(tmp_path, "one")
+    code = (
+        "import sys, time; from pathlib import Path; from jobs.fence import Fence\n"
+        "Fence(Path(sys.argv[1]), 'one').end_process_when_over(int(sys.argv[2])); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), str(fence.begin())], cwd=ROOT
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(4)
+    fence.begin()
+    assert process.wait(20) == 1
 
 
 def node(alive: bool = True, **has: float) -> dict:
