@@ -12,7 +12,9 @@ from jobs.cluster import local_cluster
 from jobs.demo import DemoOptions, demo
 from jobs.spec import JobSpec, code_version
 from jobs.submit import connect, follow, stop, submit
+from jobs.tracking import shown
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
+from pipeline.data.loader import micro_batch_size
 from pipeline.errors import UserError
 
 
@@ -26,10 +28,19 @@ class SubmitOptions:
     workers: int = 1
     """Training processes; each takes a GPU where the cluster has them."""
     cpus_per_worker: int = 1
+    min_workers: int = 0
+    """Elastic: goes on with as few workers as this after a loss, and with more, up to --workers,
+    when there is room again. 0: always --workers of them."""
+    resize_interval: float = 60.0
+    """Elastic: seconds between two looks whether there is room for more workers."""
     restarts: int = 3
-    """How often the job starts over from its last checkpoint after a failure."""
+    """How often the job starts over from its last checkpoint after failures without a new
+    checkpoint between them. Failures of a job that gets on in between are not limited."""
+    grace: float = 120.0
+    """Seconds that a job has to save once it is told to stop."""
     tracking_uri: str = ""
-    """MLflow. Empty: an SQLite store beside the run folder."""
+    """MLflow, without a password (docs/cluster.md says where that goes). Empty: the node's
+    MLFLOW_TRACKING_URI, else an SQLite store beside the run folder."""
     experiment: str = "deformable-detr"
     wait: bool = True
     """Follow the job's log until it ends."""
@@ -59,11 +70,7 @@ def run_submit(args: list[str]) -> None:
         "--data.train /shared/train --data.val /shared/val --address http://head:8265",
         output=REQUIRED,
     )
-    if options.workers < 1 or options.cpus_per_worker < 1 or options.restarts < 0:
-        raise UserError(
-            f"workers {options.workers}, cpus-per-worker {options.cpus_per_worker}, restarts "
-            f"{options.restarts}: expected at least 1, 1 and 0"
-        )
+    check(options)
     if not options.address:
         from pipeline.dataset import open_dataset
 
@@ -73,7 +80,10 @@ def run_submit(args: list[str]) -> None:
         folder=str(options.output.resolve()),
         workers=options.workers,
         cpus_per_worker=options.cpus_per_worker,
+        min_workers=options.min_workers,
+        resize_interval=options.resize_interval,
         restarts=options.restarts,
+        grace=options.grace,
         tracking_uri=options.tracking_uri,
         experiment=options.experiment,
         code=code_version(),
@@ -87,11 +97,38 @@ def run_submit(args: list[str]) -> None:
             finish(client, job_id, stop_on_interrupt=not options.address)
 
 
+def check(options: SubmitOptions) -> None:
+    """Raises `UserError` for what can be seen to be wrong without a cluster."""
+    if options.workers < 1 or options.cpus_per_worker < 1 or options.restarts < 0:
+        raise UserError(
+            f"workers {options.workers}, cpus-per-worker {options.cpus_per_worker}, restarts "
+            f"{options.restarts}: expected at least 1, 1 and 0"
+        )
+    if not 0 <= options.min_workers <= options.workers:
+        raise UserError(
+            f"min-workers: got {options.min_workers}, expected 0 to --workers {options.workers}"
+        )
+    if options.grace < 1 or options.resize_interval <= 0:
+        raise UserError(
+            f"grace {options.grace:g} s, resize-interval {options.resize_interval:g} s: expected "
+            f"at least 1 and above 0"
+        )
+    for workers in range(options.min_workers or options.workers, options.workers + 1):
+        micro_batch_size(options.config, workers)
+    if shown(options.tracking_uri) != options.tracking_uri:
+        raise UserError(
+            f"tracking-uri {shown(options.tracking_uri)}: got a user or password in it, which Ray "
+            f"would show to all who see the job; set MLFLOW_TRACKING_URI, or "
+            f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, where Ray is started"
+        )
+
+
 def finish(client: Any, job_id: str, stop_on_interrupt: bool) -> None:
     try:
         status = follow(client, job_id)
     except BaseException:
         if stop_on_interrupt:
+            print("saving; interrupt once more to end at once", file=sys.stderr, flush=True)
             stop(client, job_id)
         raise
     if status != "SUCCEEDED":
@@ -106,11 +143,12 @@ def run_logs(args: list[str]) -> None:
 
 
 def run_stop(args: list[str]) -> None:
-    options = job_options(args, "stop", "Stops a job; submitting the same run resumes it.")
+    options = job_options(
+        args, "stop", "Has a job save and stop; submitting the same run goes on from there."
+    )
     client = connect(options.address)
     require(client, options.job)
-    stop(client, options.job)
-    print(f"{options.job}: {client.get_job_status(options.job).value}")
+    print(f"{options.job}: {stop(client, options.job)}")
 
 
 def run_status(args: list[str]) -> None:
@@ -166,5 +204,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main("python -m jobs", (__doc__ or "").strip(), COMMANDS, sys.argv[1:]))
     except KeyboardInterrupt:
-        print("interrupted; what it started is stopped", file=sys.stderr)
+        print("interrupted; what it started is stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -33,8 +33,9 @@ def available_cpus() -> int:
 def local_cluster() -> Iterator[str]:
     """Starts a head node on loopback, yields its Ray Jobs address, and stops all it started.
 
-    Access needs a random token, set in this process's environment, because Ray's control port
-    listens on every interface. The head also ends when this process dies.
+    Every port of Ray's is bound to loopback. Access also needs a random token, set in this
+    process's environment: other users of the machine reach loopback, too. The head ends when this
+    process dies.
     """
     # A short path: Ray's sockets lie below it, and a socket's path may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
@@ -45,6 +46,8 @@ def local_cluster() -> Iterator[str]:
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
         RAY_DISABLE_IMPORT_WARNING="1",
+        # Else Ray takes the machine's own address for 127.0.0.1, and listens on every interface.
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     )
     # All of them free ones: another cluster of this machine may have Ray's own defaults.
     port, dashboard, agent, client, seed = _free_ports(5)

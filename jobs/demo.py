@@ -57,6 +57,7 @@ def demo(options: DemoOptions) -> None:
         try:
             status = follow(client, job_id)
         except BaseException:
+            step("saving; interrupt once more to end at once")
             stop(client, job_id)
             raise
         step("stopping Ray")

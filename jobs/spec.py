@@ -9,6 +9,9 @@ from pipeline.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC_VARIABLE = "TRAINING_JOB"  # of the job's environment, holding a `JobSpec` as JSON
+JOB_VARIABLE = (
+    "TRAINING_JOB_KEY"  # of the driver's environment: the same for all of a job's drivers
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,14 @@ class JobSpec:
     folder: str
     workers: int = 1
     cpus_per_worker: int = 1
+    min_workers: int = 0
+    """Above 0: as few workers as this may go on. Else always `workers`."""
+    resize_interval: float = 60.0
+    """Seconds between two looks whether there is room for more of them."""
     restarts: int = 3
+    """Failures without a new checkpoint between them."""
+    grace: float = 120.0
+    """Seconds in which a checkpoint must be written once a stop is asked for."""
     tracking_uri: str = ""
     experiment: str = "deformable-detr"
     code: str = ""

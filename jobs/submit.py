@@ -17,8 +17,16 @@ EXCLUDES = [
     "/.git", "/.venv", "/outputs", "/tests", "/docs", "/.mypy_cache", "/.ruff_cache",
     "/.pytest_cache", "/.hypothesis", "__pycache__", "/.build/*", "!/.build/cuda_ops",
 ]  # fmt: skip
+# How soon Ray Train notices; its defaults are 2, 60 and 5 s.
+RAY_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # that the resources it counted on are gone
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # that a node drains
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
 PROGRESS = re.compile(r"\d+%\|")  # a progress bar as tqdm draws it
 AGENT_TIMEOUT = 90.0  # seconds until a starting cluster must take jobs
+STOP_MARGIN = 20.0  # seconds that Ray may take beyond the job's own grace
 QUIET_SECONDS = 5.0  # between two progress lines where the terminal cannot redraw
 
 
@@ -48,21 +56,34 @@ def submit(client: Any, spec: JobSpec, name: str) -> str:
 
     A cluster that has just started, without an agent to take jobs yet, is waited for.
     """
-    taken = {job.submission_id for job in client.list_jobs()}
+    jobs = client.list_jobs()
+    for other in jobs:
+        same = (other.metadata or {}).get("folder") == spec.folder
+        if same and not other.status.is_terminal():
+            raise UserError(
+                f"job {other.submission_id} trains in {spec.folder} already; follow it with: "
+                f"python -m jobs logs --job {other.submission_id} --address ADDRESS"
+            )
+    taken = {job.submission_id for job in jobs}
     attempt = next(n for n in range(len(taken) + 1) if f"{name}-{n}" not in taken)
     job = {
-        "entrypoint": "python -m jobs.driver",
+        "entrypoint": "python -m jobs.entry",
         "submission_id": f"{name}-{attempt}",
         "runtime_env": {
             "working_dir": str(ROOT),
             "excludes": EXCLUDES,
             "env_vars": {
                 SPEC_VARIABLE: spec.to_json(),
-                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed sooner
-                "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+                # Seconds from SIGTERM to SIGKILL when the job is stopped; Ray's default is 3.
+                "RAY_JOB_STOP_WAIT_TIME_S": str(round(spec.grace)),
+                **RAY_TRAIN,
             },
         },
-        "metadata": {"folder": spec.folder, "recipe": spec.run_config().recipe},
+        "metadata": {
+            "folder": spec.folder,
+            "recipe": spec.run_config().recipe,
+            "grace": str(spec.grace),
+        },
     }
     deadline = time.monotonic() + AGENT_TIMEOUT
     while True:
@@ -108,9 +129,13 @@ async def _stream(client: Any, job_id: str, redraw: bool) -> None:
         print()
 
 
-def stop(client: Any, job_id: str, timeout: float = 20.0) -> None:
-    """Stops a job and waits until it has ended."""
+def stop(client: Any, job_id: str) -> str:
+    """Stops a job, which saves first, and returns its status once it has ended."""
     client.stop_job(job_id)
-    deadline = time.monotonic() + timeout
-    while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline:
+    grace = float((client.get_job_info(job_id).metadata or {}).get("grace", 0.0))
+    deadline = time.monotonic() + grace + STOP_MARGIN
+    while not (status := client.get_job_status(job_id)).is_terminal():
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.2)
+    return status.value

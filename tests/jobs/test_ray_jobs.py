@@ -139,12 +139,25 @@ def test_an_address_that_does_not_answer_is_refused(drawn, tmp_path, run_command
     assert time.monotonic() - started < 60
 
 
-def test_a_local_cluster_leaves_nothing_behind(tmp_path):
+def listening(processes):
+    """Addresses on which they take connections."""
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):  # it has ended
+            connections = process.net_connections(kind="inet")
+            found += [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
+    return found
+
+
+def test_a_local_cluster_is_closed_to_the_network_and_leaves_nothing_behind(tmp_path):
     before = {p.pid for p in psutil.process_iter()}
     kept = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     with local_cluster():
         family = psutil.Process().children(recursive=True)
         assert any("raylet" in p.name() for p in family)
+        hosts = listening(family)
+        assert len(hosts) > 5
+        assert set(hosts) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     gone = {p.pid for p in family} - before
     os.environ.update({k: v for k, v in kept.items() if v is not None})
     assert gone
@@ -164,7 +177,7 @@ class StartingCluster:
         self.refusals, self.message = refusals, message
 
     def list_jobs(self):
-        return [SimpleNamespace(submission_id="run-0")]
+        return [SimpleNamespace(submission_id="run-0", metadata=None)]
 
     def submit_job(self, **job):
         if self.refusals:

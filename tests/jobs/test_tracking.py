@@ -1,5 +1,7 @@
 """Metrics reach MLflow once each, through restarts, rewinds and a server that is away."""
 
+import dataclasses
+import json
 import os
 import signal
 import socket
@@ -11,11 +13,22 @@ import urllib.request
 import mlflow
 import pytest
 
-from jobs.tracking import Forwarder, default_tracking_uri, metric_name
+from jobs.summary import summary
+from jobs.tracking import Forwarder, choose_tracking_uri, default_tracking_uri, metric_name, shown
 from pipeline.follow import Tail
 from pipeline.progress import ProgressPrinter
 from pipeline.recipes import recipe
 from pipeline.tracking import MetricsLog
+
+BEST = {
+    "checkpoint": "step-00000001",
+    "epoch": 1,
+    "summary": dict.fromkeys(
+        ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L",
+         "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L"), 0.5
+    ),
+    "per_class": {"circle": 0.5},
+}  # fmt: skip
 
 
 def history(uri, run_id, key):
@@ -94,6 +107,87 @@ def test_every_metric_arrives_once_through_restart_and_rewind(tmp_path):
     assert {a.path for a in client.list_artifacts(run_id)} == {"config.json", "metrics.jsonl"}
 
 
+def test_an_attempt_that_died_before_it_remembered_doubles_nothing(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    uri, log = default_tracking_uri(folder), MetricsLog(folder)
+    for step in (1, 2, 3):
+        log.write("train", step, step / 10, loss=1.0 / step)
+    log.write("evaluation", 3, 0.3, AP=0.5)
+    first = forwarder(folder, uri)
+    first.open()
+    remembered = first.state_path.read_text()
+    assert first.try_to_send()
+    first.state_path.write_text(remembered)  # killed after sending
+    log.rewind(1, 0)
+    for step in (2, 3, 4):  # the same numbers, at other times
+        log.write("train", step, step / 10, loss=1.0 / step)
+    log.write("evaluation", 3, 0.3, AP=0.5)
+    second = forwarder(folder, uri)
+    assert second.try_to_send()
+    assert history(uri, second.state["run_id"], "train/loss") == [
+        (step, 1.0 / step) for step in (1, 2, 3, 4)
+    ]
+    assert history(uri, second.state["run_id"], "val/AP") == [(3, 0.5)]
+
+
+def test_an_attempt_that_died_while_it_made_the_run_leaves_one(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    uri = default_tracking_uri(folder)
+    first = forwarder(folder, uri)
+    first.open()
+    state = {**first.state, "run_id": ""}  # killed before its id was written down
+    first.state_path.write_text(json.dumps(state))
+    second = forwarder(folder, uri)
+    assert second.try_to_send()
+    assert second.state["run_id"] == first.state["run_id"]
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tests")
+    assert len(client.search_runs([experiment.experiment_id])) == 1
+    # An option of execution has changed since: MLflow keeps what it was told first.
+    config = recipe("demo")
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, log_every=7))
+    third = Forwarder(folder, config, uri, "tests", {})
+    assert third.try_to_send()
+
+
+def test_more_metrics_than_one_batch_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr("jobs.tracking.MOST_METRICS", 5)
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    uri, log = default_tracking_uri(folder), MetricsLog(folder)
+    for step in range(1, 8):
+        log.write("train", step, step / 10, loss=1.0 / step, lr=0.1)
+    sender = forwarder(folder, uri)
+    assert sender.try_to_send()
+    for key in ("train/loss", "train/lr"):
+        assert [s for s, _ in history(uri, sender.state["run_id"], key)] == list(range(1, 8))
+
+
+def test_where_metrics_go(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert choose_tracking_uri("", tmp_path / "run") == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-the-node")
+    assert choose_tracking_uri("", tmp_path / "run") == "http://from-the-node"
+    assert choose_tracking_uri("http://asked", tmp_path / "run") == "http://asked"
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("https://me:s3cr3t@host:8000/path", "https://***@host:8000/path"),
+        ("postgresql://me:s3c@r3t@db/mlflow", "postgresql://***@db/mlflow"),
+        ("https://token@host", "https://***@host"),
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:////runs/a@b/mlflow.db", "sqlite:////runs/a@b/mlflow.db"),
+        ("", ""),
+    ],
+)
+def test_a_password_is_never_shown(uri, expected):
+    assert shown(uri) == expected
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -125,7 +219,7 @@ def stop_server(process):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_away_loses_nothing(tmp_path, monkeypatch):
+def test_a_server_that_is_away_loses_nothing(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     port, folder = free_port(), tmp_path / "run"
@@ -152,5 +246,29 @@ def test_a_server_that_is_away_loses_nothing(tmp_path, monkeypatch):
         assert history(uri, run_id, "train/loss") == [(1, 1.0), (2, 0.5), (3, 0.25)]
         client = mlflow.MlflowClient(tracking_uri=uri)
         assert "best.json" in {a.path for a in client.list_artifacts(run_id)}
-    finally:
+
+        # A server whose address has a password: it is used, and is nowhere to be read.
+        secret = uri.replace("//", "//me:pa55word@")
+        other = tmp_path / "other"
+        other.mkdir()
+        MetricsLog(other).write("train", 1, 0.1, loss=1.0)
+        (other / "best.json").write_text(json.dumps(BEST))
+        caplog.set_level("DEBUG", logger="jobs")
+        hidden = forwarder(other, secret)
+        hidden.start()
+        assert hidden.finish("FINISHED")
+        print(summary(other, secret))
+        run = client.get_run(hidden.state["run_id"])
+        assert run.info.status == "FINISHED"
         stop_server(server)
+        away = forwarder(other, secret)
+        away.start()
+        assert not away.finish("FINISHED")
+        assert "did not answer" in caplog.text
+        told = [*capfd.readouterr(), caplog.text, str(run.to_dictionary())]
+        told += [p.read_text(errors="replace") for p in other.rglob("*") if p.is_file()]
+        assert not [text for text in told if "pa55word" in text]
+        assert "***@127.0.0.1" in told[0]
+    finally:
+        if server.poll() is None:
+            stop_server(server)

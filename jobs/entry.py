@@ -1,0 +1,48 @@
+"""The entry point of a training job: runs the driver, and once more where something killed it.
+
+Runs on the cluster as `python -m jobs.entry`. Light, so that the kernel, short of memory, takes
+another process first. Exit status: the driver's.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+from jobs.restarts import Restarts
+from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def main() -> int:
+    spec = JobSpec.from_json(os.environ[SPEC_VARIABLE])
+    environment = {**os.environ, JOB_VARIABLE: secrets.token_hex(8)}
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if driver.poll() is None:
+            driver.send_signal(number)
+
+    restarts: Restarts | None = None
+    while True:
+        driver = subprocess.Popen([sys.executable, "-m", "jobs.driver"], env=environment)
+        for number in SIGNALS:
+            signal.signal(number, pass_on)
+        status = driver.wait()
+        if status >= 0 or asked:
+            return status if status >= 0 else 128 - status
+        restarts = restarts or Restarts(Path(spec.folder), spec.restarts)
+        name = signal.Signals(-status).name
+        if not restarts.allowed():
+            print(f"error: the driver was killed by {name}; {restarts}", flush=True)
+            return 1
+        print(f"the driver was killed by {name}; {restarts}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""A run through the losses that a cluster of several nodes can have, equal to an unhurt one.
+
+`pytest -s` shows how long each took until the next step.
+"""
+
+import time
+
+import mlflow
+import pytest
+
+from pipeline.checkpoint_store import checkpoint_steps
+from tests.jobs.nodes import Cluster, Run, assert_same, options, report, send
+
+EPOCHS = 8
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(tmp_path / "runs" / "many")
+
+
+@pytest.fixture
+def command(drawn, run) -> list[object]:
+    return options(drawn, run.folder, EPOCHS, "--engine.checkpoint-steps", 2, "--workers", 2)
+
+
+def tracked_steps(run: Run, key: str) -> list[int]:
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.folder.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("deformable-detr")
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED"
+    return sorted(m.step for m in client.get_metric_history(tracked.info.run_id, key))
+
+
+def assert_unhurt(run: Run, uninterrupted: Run) -> None:
+    assert_same(run, uninterrupted)
+    assert tracked_steps(run, "train/loss") == [x["step"] for x in run.lines("train")]
+    assert tracked_steps(run, "val/AP") == [x["step"] for x in run.lines("evaluation")]
+
+
+def test_a_killed_node_and_a_stop_change_nothing(run, command, reference):
+    with Cluster(nodes=3) as cluster:  # one of them spare
+        job = cluster.jobs(*command)
+        cluster.wait(run.reached(4), job)
+        nodes = {cluster.node_of(w) for w in cluster.processes("RayTrainWorker")}
+        assert len(nodes) == 2  # a worker each
+        since = time.time()
+        cluster.kill_node(nodes.pop())
+        report("node killed, another is free", cluster.wait(run.went_on(since), job))
+
+        cluster.wait(run.reached(run.step() + 1), job)
+        since = time.time()
+        stop = cluster.jobs("stop", "--job", "many-0")
+        assert stop.wait(120) == 0, stop.log.read_text()
+        report("jobs stop, until the job has ended", time.time() - since)
+        assert "STOPPED" in stop.log.read_text()
+        assert job.wait(60) == 2
+        told = job.log.read_text()
+        assert "stopped as asked" in told
+        assert "restart 1 of 3" in told
+        assert run.lines("event")[-1]["event"] == "stopped"
+        assert max(checkpoint_steps(run.folder)) == run.step()  # nothing is lost
+
+        since = time.time()
+        job = cluster.jobs(*command)
+        report("submitted again after a stop", cluster.wait(run.went_on(since), job))
+        assert job.wait(240) == 0, job.log.read_text()
+    assert_unhurt(run, reference(2, EPOCHS))
+
+
+@pytest.mark.chaos
+def test_a_killed_worker_driver_and_cluster_change_nothing(run, command, reference):
+    with Cluster(nodes=2) as cluster:
+        job = cluster.jobs(*command)
+        cluster.wait(run.reached(4), job)
+        since = send(cluster.processes("RayTrainWorker")[0])
+        report("worker killed", cluster.wait(run.went_on(since), job))
+
+        cluster.wait(run.reached(run.step() + 4), job)
+        (driver,) = cluster.processes("jobs.driver")
+        since = send(driver)
+        report("driver killed", cluster.wait(run.went_on(since), job))
+
+        cluster.wait(run.reached(run.step() + 4), job)
+    assert job.wait(60) != 0  # with all its cluster
+    assert job.log.read_text().count("restart 1 of 3") == 2  # a checkpoint lay between
+
+    with Cluster(nodes=2) as cluster:
+        since = time.time()
+        job = cluster.jobs(*command)
+        report("cluster lost, submitted to a new one", cluster.wait(run.went_on(since), job))
+        assert job.wait(240) == 0, job.log.read_text()
+    assert_unhurt(run, reference(2, EPOCHS))
+
+
+@pytest.mark.chaos
+def test_a_node_that_drains_loses_no_step(run, command, reference):
+    with Cluster(nodes=3) as cluster:
+        job = cluster.jobs(*command)
+        cluster.wait(run.reached(4), job)
+        node = cluster.node_of(cluster.processes("RayTrainWorker")[0])
+        since = time.time()
+        node.terminate()  # what a machine does that goes down in order
+        report("node drains, another is free", cluster.wait(run.went_on(since), job))
+        assert "a node is about to go" in job.log.read_text()
+        stopped = [x["step"] for x in run.lines("event") if x["event"] == "stopped"]
+        started = [x["step"] for x in run.lines("event") if x["event"] == "start"]
+        assert stopped == started[1:]
+        assert job.wait(240) == 0, job.log.read_text()
+    assert_unhurt(run, reference(2, EPOCHS))
+
+
+@pytest.mark.chaos
+def test_an_elastic_run_shrinks_and_grows(run, command, reference):
+    elastic = ("--min-workers", 1, "--resize-interval", 5, "--schedule.epochs", 24)
+    with Cluster(nodes=2) as cluster:
+        job = cluster.jobs(*command, *elastic)
+        cluster.wait(run.reached(4), job)
+        since = time.time()
+        cluster.kill_node(cluster.node_of(cluster.processes("RayTrainWorker")[0]))
+        report("node killed, elastic, none is free", cluster.wait(run.went_on(since), job))
+        assert run.worlds()[-1] == 1
+
+        since = time.time()
+        cluster.add_node()
+        report("node added, elastic", cluster.wait(run.went_on(since), job))
+        assert run.worlds()[-1] == 2
+        assert run.lines("event")[-1]["step"] > 0
+        stopped = [x["step"] for x in run.lines("event") if x["event"] == "stopped"]
+        assert stopped[-1] in [x["step"] for x in run.lines("event") if x["event"] == "start"]
+        assert job.wait(240) == 0, job.log.read_text()
+    unhurt = reference(2, 24).lines("train")
+    lines = run.lines("train")
+    assert [x["step"] for x in lines] == [x["step"] for x in unhurt]
+    assert [x["lr"] for x in lines] == [x["lr"] for x in unhurt]
+    for got, expected in zip(lines[:20], unhurt[:20], strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-3), got["step"]

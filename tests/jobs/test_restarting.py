@@ -1,0 +1,192 @@
+"""What decides whether a job starts over, stops or waits, without a cluster."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jobs import entry, resources
+from jobs.__main__ import run_submit
+from jobs.fence import Fence
+from jobs.process_group import interface_of
+from jobs.resources import Waiting, room, wants_gpu
+from jobs.restarts import Restarts
+from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
+from jobs.stopping import ASKED, PREEMPTED, StopFile
+from jobs.submit import submit
+from pipeline.errors import UserError
+from pipeline.recipes import recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def checkpoint(folder: Path, step: int) -> None:
+    (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+
+def test_failures_count_from_the_newest_checkpoint(tmp_path):
+    restarts = Restarts(tmp_path, 2)
+    for step in range(1, 30):  # a preemption after each checkpoint: for ever
+        checkpoint(tmp_path, step)
+        assert restarts.allowed()
+    assert restarts.allowed()
+    assert "restart 2 of 2 since the checkpoint of step 29" in str(restarts)
+    assert not restarts.allowed()
+    assert not Restarts(tmp_path, 0).allowed()
+
+
+def test_a_stop_is_answered_with_its_reason_once(tmp_path):
+    stop = StopFile(tmp_path)
+    stop.ask(PREEMPTED)
+    assert not stop.wait(0.0)
+    assert stop.answer() == PREEMPTED
+    assert stop.wait(0.0)
+    assert stop.answer() == ASKED  # no file: by a signal
+    stop.path.touch()  # by hand
+    assert stop.answer() == ASKED
+    assert not stop.path.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["ray"]  # what a run folder may have before
+
+
+class Drivers:
+    """Stands for `subprocess` in the entry point: a process for each of these commands."""
+
+    def __init__(self, *commands: str) -> None:
+        self.left, self.keys = list(commands), {}
+
+    def Popen(self, command: list[str], env: dict[str, str]) -> subprocess.Popen:
+        assert command == [sys.executable, "-m", "jobs.driver"]
+        assert env[JOB_VARIABLE] == self.keys.setdefault("job", env[JOB_VARIABLE])
+        return subprocess.Popen(["sh", "-c", self.left.pop(0)])
+
+
+@pytest.mark.parametrize(
+    ("commands", "status", "said"),
+    [
+        (["exit 0"], 0, 0),
+        (["exit 2"], 2, 0),  # a user's mistake comes again
+        (["kill -9 $$", "kill -11 $$", "exit 0"], 0, 2),
+        (["kill -9 $$"] * 3, 1, 3),
+    ],
+)
+def test_a_killed_driver_is_started_again(commands, status, said, tmp_path, monkeypatch, capsys):
+    spec = JobSpec(config=recipe("demo").to_json(), folder=str(tmp_path), restarts=2)
+    monkeypatch.setenv(SPEC_VARIABLE, spec.to_json())
+    drivers = Drivers(*commands)
+    monkeypatch.setattr(entry, "subprocess", drivers)
+    monkeypatch.setattr(entry.signal, "signal", lambda *_: None)
+    assert entry.main() == status
+    assert drivers.left == []
+    assert capsys.readouterr().out.count("the driver was killed by SIG") == said
+
+
+def test_an_earlier_attempt_of_the_same_job_is_over(tmp_path):
+    fence, other = Fence(tmp_path, "one"), Fence(tmp_path, "other")
+    first = fence.begin()
+    assert not fence.over(first)
+    theirs = other.begin()
+    assert not fence.over(first)  # the folder's lock decides between jobs
+    second = fence.begin()
+    assert fence.over(first)
+    assert not fence.over(second)
+    assert not other.over(theirs)
+    shutil.rmtree(tmp_path / "ray")
+    assert not fence.over(first)
+
+
+def test_a_process_ends_with_its_attempt(tmp_path):
+    fence = Fence(tmp_path, "one")
+    code = (
+        "import sys, time; from pathlib import Path; from jobs.fence import Fence\n"
+        "Fence(Path(sys.argv[1]), 'one').end_process_when_over(int(sys.argv[2])); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), str(fence.begin())], cwd=ROOT
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(4)
+    fence.begin()
+    assert process.wait(20) == 1
+
+
+def node(alive: bool = True, **has: float) -> dict:
+    return {"Alive": alive, "Resources": has}
+
+
+def test_room_is_counted_node_by_node():
+    nodes = [node(CPU=3, GPU=1), node(CPU=3), node(CPU=8, GPU=4), node(False, CPU=8, GPU=8)]
+    assert room({"CPU": 2}, nodes) == 1 + 1 + 4
+    assert room({"CPU": 2, "GPU": 1}, nodes) == 1 + 0 + 4
+    assert room({"CPU": 9}, nodes) == 0
+
+
+def test_a_job_that_waits_says_once_what_for(monkeypatch, capsys):
+    monkeypatch.setattr(resources, "PATIENCE", 0.0)
+    monkeypatch.setattr(resources.ray, "nodes", lambda: [node(CPU=4), node(CPU=1)])
+    monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 1.0})
+    waiting = Waiting({"CPU": 2}, 3)
+    for has in (False, False, True, True):
+        waiting.look(has)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert "3 workers of 2 CPU each; the cluster has room for 2 (nodes: 2)" in said[0]
+    assert "have their resources, after" in said[1]
+    Waiting({"CPU": 2}, 2).look(False)
+    assert "room for 2, but only 1 CPU free of other jobs" in capsys.readouterr().out
+    Waiting({"CPU": 2}, 2).look(True)
+    Waiting({"CPU": 1}, 1).look(False)  # starting
+    assert capsys.readouterr().out == ""
+
+
+def test_gpus_are_waited_for_where_the_cluster_has_some():
+    config = recipe("demo")
+    assert not wants_gpu(config, 4, 0)
+    assert wants_gpu(config, 4, 1)
+
+
+def test_a_worker_speaks_on_its_nodes_interface():
+    def at(address: str, netmask: str) -> SimpleNamespace:
+        return SimpleNamespace(address=address, netmask=netmask)
+
+    interfaces = {
+        "lo": [at("127.0.0.1", "255.0.0.0"), at("::1", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")],
+        "eth0": [at("02:fc:00:00:00:01", "ff:ff:ff:ff:ff:ff"), at("10.0.0.5", "255.255.0.0")],
+        "ib0": [at("10.0.1.5", "255.255.255.0")],
+    }
+    assert interface_of("10.0.0.5", interfaces) == "eth0"
+    assert interface_of("10.0.1.5", interfaces) == "ib0"
+    assert interface_of("127.0.0.3", interfaces) == "lo"
+    assert interface_of("192.168.0.1", interfaces) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--min-workers", 3), "min-workers: got 3, expected 0 to --workers 2"),
+        (("--grace", 0), "grace 0 s"),
+        (("--optimizer.batch-size", 1), "got 1 images for 2 processes"),
+        (("--tracking-uri", "https://me:pa55@mlflow"), "got a user or password in it"),
+    ],
+)
+def test_mistakes_are_found_before_a_cluster_is_asked(arguments, message, tmp_path):
+    given = ["demo", "--output", str(tmp_path), "--workers", "2", *map(str, arguments)]
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        run_submit(given)
+    assert "pa55" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_one_folder_has_one_job():
+    running = SimpleNamespace(
+        submission_id="run-0",
+        metadata={"folder": "/runs/x"},
+        status=SimpleNamespace(is_terminal=lambda: False),
+    )
+    client = SimpleNamespace(list_jobs=lambda: [running])
+    spec = JobSpec(config=recipe("demo").to_json(), folder="/runs/x")
+    with pytest.raises(UserError, match="job run-0 trains in /runs/x already"):
+        submit(client, spec, "run")
