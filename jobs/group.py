@@ -15,7 +15,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from jobs.fence import Fence
 from jobs.process_group import ProcessGroupConfig
-from jobs.resources import Waiting, placed, recount
+from jobs.resources import Waiting, placed, recount, release
 from jobs.restarts import Restarts
 from jobs.save_first import SaveFirst
 from jobs.spec import JOB_VARIABLE, JobSpec
@@ -90,12 +90,13 @@ class Group:
 
     def attempt(self) -> str:
         """One worker group, from its start to its end. Returns why it ended."""
+        release()
         outcome: Future[str] = Future()
         # Not in the main thread, which takes signals.
         threading.Thread(target=self.fulfil, args=(outcome,), daemon=True).start()
         waiting = Waiting(self.need, self.spec.min_workers or self.spec.workers)
         while not outcome.done():
-            has_resources = placed()
+            has_resources = bool(placed())
             if self.asked and not has_resources:
                 return ASKED  # nothing has begun that could be saved
             waiting.look(has_resources)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -47,13 +48,21 @@ def recount() -> None:
     ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True))
 
 
-def placed() -> bool:
-    """Whether a worker group of this job has its resources."""
+def placed() -> list[str]:
+    """Ids of the placement groups by which worker groups of this job have their resources."""
     job = ray.get_runtime_context().get_job_id()  # the end of its placement groups' ids
-    return any(
-        group["state"] == "CREATED" and group["placement_group_id"].endswith(job)
+    return [
+        group["placement_group_id"]
         for group in ray.util.placement_group_table().values()
-    )
+        if group["state"] == "CREATED" and group["placement_group_id"].endswith(job)
+    ]
+
+
+def release() -> None:
+    """Gives back what an earlier worker group of this job still has. Where its controller was
+    killed, Ray Train's own cleaner (2.60) does not, and the next group waits for it in vain."""
+    for group in placed():
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 class Waiting:
