@@ -1,6 +1,7 @@
 """A worker group of Ray Train around `pipeline.train.train`, started over after failures."""
 
 import os
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -15,11 +16,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from jobs.fence import Fence
 from jobs.process_group import ProcessGroupConfig
-from jobs.resources import Waiting, placed, recount, release
+from jobs.resources import Waiting, placement_groups, recount, release
 from jobs.restarts import Restarts
 from jobs.save_first import SaveFirst
 from jobs.spec import JOB_VARIABLE, JobSpec
-from jobs.stopping import ASKED, PREEMPTED, StopFile
+from jobs.stopping import ASKED, StopFile
 from pipeline.config import RunConfig
 from pipeline.errors import FolderInUse, UserError
 
@@ -78,25 +79,25 @@ class Group:
                 cause = root_cause(error)
                 permanent = isinstance(cause, PERMANENT) and not isinstance(cause, FolderInUse)
                 if self.asked:
-                    print(f"while it was stopping: {first_line(cause)}", flush=True)
+                    print(f"while it was stopping: {in_a_line(cause)}", flush=True)
                     return False
                 if permanent or not restarts.allowed():
                     raise cause from error
-                print(f"{first_line(cause)}; {restarts}; restarting", flush=True)
+                release()
+                print(f"{in_a_line(cause)}; {restarts}; restarting", flush=True)
             else:
-                if reason != PREEMPTED:
+                if reason in (FINISHED, ASKED):
                     return reason == FINISHED
                 print("a node is about to go; training is saved and goes on elsewhere", flush=True)
 
     def attempt(self) -> str:
         """One worker group, from its start to its end. Returns why it ended."""
-        release()
         outcome: Future[str] = Future()
         # Not in the main thread, which takes signals.
         threading.Thread(target=self.fulfil, args=(outcome,), daemon=True).start()
         waiting = Waiting(self.need, self.spec.min_workers or self.spec.workers)
         while not outcome.done():
-            has_resources = bool(placed())
+            has_resources = bool(placement_groups("CREATED"))
             if self.asked and not has_resources:
                 return ASKED  # nothing has begun that could be saved
             waiting.look(has_resources)
@@ -151,5 +152,10 @@ def root_cause(error: BaseException) -> BaseException:
     return next((c for c in causes if isinstance(c, PERMANENT)), causes[0] if causes else error)
 
 
-def first_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+    """What happened. Of a process that is gone Ray tells in many lines, the reason in one of them:
+    "The actor died because its node has died."."""
+    because = re.search(r"The actor[^.\n]* because[^.\n]*", str(error))
+    if because:
+        return because.group().replace("The actor", "a worker", 1)
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

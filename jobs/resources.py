@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -48,21 +49,18 @@ def recount() -> None:
     ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True))
 
 
-def placed() -> list[str]:
-    """Ids of the placement groups by which worker groups of this job have their resources."""
-    job = ray.get_runtime_context().get_job_id()  # the end of its placement groups' ids
-    return [
-        group["placement_group_id"]
-        for group in ray.util.placement_group_table().values()
-        if group["state"] == "CREATED" and group["placement_group_id"].endswith(job)
-    ]
+def placement_groups(*states: str) -> list[str]:
+    """Ids of this job's placement groups in these states."""
+    job = ray.get_runtime_context().get_job_id()  # the end of its groups' ids
+    table = ray.util.placement_group_table()
+    return [g for g, about in table.items() if g.endswith(job) and about["state"] in states]
 
 
 def release() -> None:
-    """Gives back what an earlier worker group of this job still has. Where its controller was
-    killed, Ray Train's own cleaner (2.60) does not, and the next group waits for it in vain."""
-    for group in placed():
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+    """Frees what an attempt holds whose controller was killed: its workers are gone, but Ray would
+    keep their place until the job ends."""
+    for group in placement_groups("CREATED", "PENDING", "RESCHEDULING"):
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 class Waiting:

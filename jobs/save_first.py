@@ -1,5 +1,6 @@
 """A checkpoint before Ray ends a worker group for a reason that is known beforehand."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ class SaveFirst(WorkerGroupCallback, ControllerCallback):
     def after_controller_state_update(
         self, previous_state: "TrainControllerState", current_state: "TrainControllerState"
     ) -> None:
+        if current_state is previous_state:
+            time.sleep(0.5)  # no room for the fewest workers: Ray would ask without a pause
         if isinstance(current_state, ResizingState):
             self.stop.ask(RESIZED)
             if not self.stop.wait(self.seconds):  # it has just finished, or is evaluating

@@ -19,6 +19,8 @@ FAST = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }
 
+EPOCHS = 40  # of 5 steps
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.chaos,
@@ -34,10 +36,10 @@ def writer(cluster: SeparateNodes, run: Run) -> psutil.Process:
     return next(w for w in workers if lock in [file.path for file in w.open_files()])
 
 
-def test_a_job_goes_on_without_a_node_that_is_cut_off(drawn, tmp_path, reference):
+def test_a_job_goes_on_without_a_node_that_is_cut_off(drawn, tmp_path):
     run = Run(tmp_path / "runs" / "cut")
     command = options(
-        drawn, run.folder, 30, "--engine.checkpoint-steps", 2, "--workers", 2,
+        drawn, run.folder, EPOCHS, "--engine.checkpoint-steps", 2, "--workers", 2,
         "--min-workers", 1, "--resize-interval", 5,
     )  # fmt: skip
     with Network() as network, SeparateNodes(network, 2, **FAST) as cluster:
@@ -54,13 +56,12 @@ def test_a_job_goes_on_without_a_node_that_is_cut_off(drawn, tmp_path, reference
         new = writer(cluster, run)
         assert cluster.node_of(new) is not node
         assert not old.is_running()  # it could no longer have written
-        cluster.wait(lambda: node.poll() is not None)  # its raylet gave up, and all below it
 
         since = time.time()
         network.mend(name)
+        cluster.kill_node(node)  # as what restarts it does; Ray gives up by itself much later
         cluster.add_node((name, address))
         report("the node is back, elastic", cluster.wait(run.went_on(since), job))
         assert run.worlds()[-1] == 2
         assert job.wait(240) == 0, job.log.read_text()
-    expected = [x["step"] for x in reference(2, 30).lines("train")]
-    assert [x["step"] for x in run.lines("train")] == expected
+    assert [x["step"] for x in run.lines("train")] == list(range(1, EPOCHS * 5 + 1))

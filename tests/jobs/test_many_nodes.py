@@ -11,7 +11,7 @@ import pytest
 from pipeline.checkpoint_store import checkpoint_steps
 from tests.jobs.nodes import Cluster, Run, assert_same, options, report, send
 
-EPOCHS = 8
+EPOCHS = 10
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -71,7 +71,7 @@ def test_a_killed_node_and_a_stop_change_nothing(run, command, reference):
 
 
 @pytest.mark.chaos
-def test_a_killed_worker_driver_and_cluster_change_nothing(run, command, reference):
+def test_a_killed_worker_driver_controller_and_cluster_change_nothing(run, command, reference):
     with Cluster(nodes=2) as cluster:
         job = cluster.jobs(*command)
         cluster.wait(run.reached(4), job)
@@ -84,8 +84,13 @@ def test_a_killed_worker_driver_and_cluster_change_nothing(run, command, referen
         report("driver killed", cluster.wait(run.went_on(since), job))
 
         cluster.wait(run.reached(run.step() + 4), job)
+        (controller,) = cluster.processes("ray::TrainController")
+        since = send(controller)
+        report("Ray Train's controller killed", cluster.wait(run.went_on(since), job))
+
+        cluster.wait(run.reached(run.step() + 4), job)
+        assert job.log.read_text().count("restart 1 of 3") == 3  # a checkpoint lay between
     assert job.wait(60) != 0  # with all its cluster
-    assert job.log.read_text().count("restart 1 of 3") == 2  # a checkpoint lay between
 
     with Cluster(nodes=2) as cluster:
         since = time.time()

@@ -18,12 +18,14 @@ import pytest
 from jobs.cluster import local_cluster
 from jobs.spec import JobSpec
 from jobs.submit import submit
-from pipeline.checkpoint_store import check
+from pipeline.checkpoint_store import check, checkpoint_steps
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
 from pipeline.tracking import read_lines
+from tests.jobs.nodes import Run, options
 
 ROOT = Path(__file__).resolve().parents[2]
+LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 
@@ -51,6 +53,16 @@ def arguments(drawn, folder, address, *more):
     ]  # fmt: skip
 
 
+def listening(processes):
+    """Addresses on which they take connections."""
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):  # it has ended
+            connections = process.net_connections(kind="inet")
+            found += [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
+    return found
+
+
 def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tmp_path):
     folder = tmp_path / "runs" / "job"
     epochs = ("--schedule.epochs", 4)
@@ -68,6 +80,7 @@ def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tm
     named = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in p.info["name"]]
     workers = [p for p in named if p in family]
     assert len(workers) >= 2
+    assert set(listening(family)) <= LOOPBACK  # while training, too
     workers[0].send_signal(signal.SIGKILL)
     output, _ = job.communicate(timeout=200)
     assert job.returncode == 0, output
@@ -121,6 +134,40 @@ def test_shards_that_the_cluster_does_not_see_are_refused(drawn, cluster, tmp_pa
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_job_without_room_says_so_and_can_be_stopped(drawn, cluster, tmp_path, run_command):
+    job = subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments(drawn, tmp_path / "wide", cluster)),
+         "--workers", "8", "--cpus-per-worker", "64"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    said = next(line for line in job.stdout if "waiting for resources" in line)
+    assert "8 workers of 64 CPU each; the cluster has room for 0 (nodes: 1)" in said
+    stopped = run_command("jobs", "stop", "--job", "wide-0", "--address", cluster)
+    assert "STOPPED" in stopped.stdout
+    assert "stopped as asked" in job.communicate(timeout=60)[0]
+
+
+def test_an_interrupted_local_run_saves_and_goes_on(drawn, tmp_path):
+    run = Run(tmp_path / "run")
+    command = [
+        sys.executable, "-m", "jobs", *map(str, options(drawn, run.folder, 40, "--workers", 2))
+    ]  # fmt: skip
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 200
+    while run.step() < 3:
+        assert time.monotonic() < deadline
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode == 130
+    assert said.decode().splitlines()[-1] == (
+        "interrupted; what it started is stopped; the same command goes on"
+    )
+    assert run.lines("event")[-1]["event"] == "stopped"
+    assert checkpoint_steps(run.folder)[-1] == run.step() < 200
+
+
 def test_jobs_are_listed_and_an_unknown_one_is_refused(cluster, run_command):
     listed = run_command("jobs", "status", "--address", cluster)
     assert listed.returncode == 0
@@ -139,16 +186,6 @@ def test_an_address_that_does_not_answer_is_refused(drawn, tmp_path, run_command
     assert time.monotonic() - started < 60
 
 
-def listening(processes):
-    """Addresses on which they take connections."""
-    found = []
-    for process in processes:
-        with suppress(psutil.Error):  # it has ended
-            connections = process.net_connections(kind="inet")
-            found += [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
-    return found
-
-
 def test_a_local_cluster_is_closed_to_the_network_and_leaves_nothing_behind(tmp_path):
     before = {p.pid for p in psutil.process_iter()}
     kept = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
@@ -157,7 +194,7 @@ def test_a_local_cluster_is_closed_to_the_network_and_leaves_nothing_behind(tmp_
         assert any("raylet" in p.name() for p in family)
         hosts = listening(family)
         assert len(hosts) > 5
-        assert set(hosts) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+        assert set(hosts) <= LOOPBACK
     gone = {p.pid for p in family} - before
     os.environ.update({k: v for k, v in kept.items() if v is not None})
     assert gone

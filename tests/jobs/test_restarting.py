@@ -12,6 +12,7 @@ import pytest
 from jobs import entry, resources
 from jobs.__main__ import run_submit
 from jobs.fence import Fence
+from jobs.group import in_a_line
 from jobs.process_group import interface_of
 from jobs.resources import Waiting, room, wants_gpu
 from jobs.restarts import Restarts
@@ -111,6 +112,18 @@ def test_a_process_ends_with_its_attempt(tmp_path):
         process.wait(4)
     fence.begin()
     assert process.wait(20) == 1
+
+
+def test_failures_are_told_in_a_line():
+    died = "The actor died unexpectedly before finishing this task.\n\tclass_name: X\n"
+    gone = (
+        f"A worker health check failed.\n{died}The actor died because its node has died. Node Id: 7"
+    )
+    assert in_a_line(RuntimeError(gone)) == "a worker died because its node has died"
+    assert (
+        in_a_line(RuntimeError(died)) == "The actor died unexpectedly before finishing this task."
+    )
+    assert in_a_line(RuntimeError()) == "RuntimeError"
 
 
 def node(alive: bool = True, **has: float) -> dict:
