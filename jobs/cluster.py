@@ -66,7 +66,8 @@ def local_cluster() -> Iterator[str]:
     with output.open("w") as log:
         head = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
+            stdin=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )  # fmt: skip
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
