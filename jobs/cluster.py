@@ -1,6 +1,5 @@
 """A Ray cluster of this machine alone, for as long as a `with` block lasts."""
 
-import ctypes
 import os
 import secrets
 import shutil
@@ -14,11 +13,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from pipeline.errors import UserError
+from pipeline.parent import end_with_parent
 
 START_TIMEOUT = 90.0  # seconds until the dashboard must answer
 STOP_TIMEOUT = 15.0  # seconds until what still runs is killed
@@ -65,7 +66,8 @@ def local_cluster() -> Iterator[str]:
     with output.open("w") as log:
         head = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )  # fmt: skip
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -82,11 +84,6 @@ def _free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
-
-
-def _die_with_parent() -> None:
-    """In the child: SIGTERM when the parent dies, however it dies (Linux's PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _wait_until_up(address: str, head: subprocess.Popen, output: Path) -> None:

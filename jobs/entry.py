@@ -14,6 +14,7 @@ from types import FrameType
 
 from jobs.restarts import Restarts
 from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
+from pipeline.parent import end_with_parent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,7 +31,9 @@ def main() -> int:
 
     restarts: Restarts | None = None
     while True:
-        driver = subprocess.Popen([sys.executable, "-m", "jobs.driver"], env=environment)
+        # A driver that outlived the job would keep its workers from the next submission.
+        command = [sys.executable, "-m", "jobs.driver"]
+        driver = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
         for number in SIGNALS:
             signal.signal(number, pass_on)
         status = driver.wait()

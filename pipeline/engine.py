@@ -1,11 +1,9 @@
 """Process group, device and the DeepSpeed engine: everything computed from the `RunConfig`."""
 
-import ctypes
 import math
 import os
 import random
 import re
-import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from model.parameters import parameter_groups
 from pipeline.config import EngineConfig, RunConfig, ScheduleConfig
 from pipeline.data.loader import micro_batch_size
 from pipeline.errors import Unreachable, UserError
+from pipeline.parent import end_with_parent
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """dtype of each precision that is not full."""
@@ -95,14 +94,13 @@ def naming_timeouts(seconds: float) -> Iterator[None]:
 
 
 def end_with_torchrun() -> None:
-    """Has the kernel kill this process when its torchrun dies (Linux).
+    """Has this process killed when its torchrun dies.
 
     torchrun starts its processes in sessions of their own. Killed itself, it would leave them
     training in a run folder that the next start goes on with.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+        end_with_parent()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

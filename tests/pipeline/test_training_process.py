@@ -9,6 +9,9 @@ import pytest
 from pipeline.__main__ import COMMANDS
 from pipeline.checkpoint_store import checkpoint_steps, load_model
 from pipeline.cli import main
+from pipeline.config import RunConfig
+from pipeline.data.order import Stream, rank_slice
+from pipeline.data.shards import ShardSet
 from tests.pipeline.training_runs import ENVIRONMENT, ROOT, command, events, kill_once, metrics, run
 
 pytestmark = pytest.mark.slow
@@ -16,11 +19,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def squares(drawn, tmp_path, run_command):
-    """Images of one size: padding depends on what shares a pass, and a little of it is seen."""
+    """Images of one size: padding depends on what shares a pass, and a little of it is seen. Two of
+    three are without objects."""
     for split in ("train", "val"):
         content = drawn.annotations(split)
         images = [x for x in content["images"] if x["width"] == x["height"] == 128]
-        ids = {x["id"] for x in images}
+        ids = {x["id"] for x in images[::3]}
         annotations = [x for x in content["annotations"] if x["image_id"] in ids]
         file = tmp_path / f"{split}.json"
         file.write_text(json.dumps({**content, "images": images, "annotations": annotations}))
@@ -46,11 +50,24 @@ def test_a_run_goes_on_with_other_numbers_of_processes(squares, tmp_path):
     run(command(squares, recipe, moved, *options, ranks=3))
     assert [x["world"] for x in events(moved, "start")] == [1, 3]
     pairs = list(zip(metrics(moved), metrics(whole), strict=True))
+    assert empty_shares(squares, world=3) > 0
     assert sum(line["kind"] == "train" for line, _ in pairs) >= 6
     for mine, theirs in pairs:
         assert mine["kind"] == theirs["kind"]
         for name in [n for n in theirs if n == "lr" or n.startswith("loss")]:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5), (theirs["step"], name)
+
+
+def empty_shares(squares, world: int) -> int:
+    """How often a rank has no object at all in the first two epochs."""
+    shards = ShardSet(squares.shards / "train")
+    stream = Stream(shards.shard_sizes, RunConfig("").seed, RunConfig("").data.shuffle_window)
+    found = 0
+    for step in range(2 * len(shards) // 8):
+        for rank in range(world):
+            samples = rank_slice(stream.batch(step, 8), rank, world)[:, 1]
+            found += not any(shards.read(i).annotations for i in samples)
+    return found
 
 
 def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(
