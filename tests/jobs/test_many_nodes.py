@@ -13,7 +13,7 @@ from tests.jobs.nodes import Cluster, Run, assert_same, options, report, send
 
 EPOCHS = 10
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
