@@ -1,6 +1,7 @@
 """Predictions drawn beside the ground truth."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +22,6 @@ COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#c
 TILE = 360  # pixels, longest side of one drawn image
 
 
-@torch.no_grad()
 def draw_predictions(
     model: nn.Module,
     shards: ShardSet,
@@ -32,11 +32,26 @@ def draw_predictions(
     count: int = 6,
     threshold: float = 0.3,
 ) -> None:
-    """Saves one picture of `count` images, spread over the set: on the left of each pair the ground
-    truth, on the right the predictions that score `threshold` or more."""
-    model.eval()
+    """`draw_images` of `count` images, spread over the set."""
     count = min(count, len(shards))
     indices = [i * len(shards) // count for i in range(count)]
+    draw_images(model, shards, labels, config, device, path, indices, threshold)
+
+
+@torch.no_grad()
+def draw_images(
+    model: nn.Module,
+    shards: ShardSet,
+    labels: Labels,
+    config: RunConfig,
+    device: torch.device,
+    path: Path,
+    indices: Sequence[int],
+    threshold: float,
+) -> None:
+    """Saves one picture of the images at `indices`: on the left of each pair the ground truth, on
+    the right the predictions that score `threshold` or more."""
+    model.eval()
     tiles = []
     for index in indices:
         sample = shards.read(index)
@@ -57,7 +72,7 @@ def draw_predictions(
         tiles.append(_draw(sample, _truth(sample, labels), "ground truth"))
         title = f"score >= {threshold:g}" if predicted else f"none scores {threshold:g}"
         tiles.append(_draw(sample, predicted[::-1], title))  # the best drawn last
-    _sheet(tiles, columns=4 if count > 1 else 2).save(path)
+    _sheet(tiles, columns=4 if len(indices) > 1 else 2).save(path)
 
 
 def _truth(sample: Sample, labels: Labels) -> list[tuple[list[float], int, str]]:
