@@ -64,7 +64,7 @@ def draw_pixel_gradients(
         axis.set_title(rf"$\|\partial {item}\,/\,\partial I\|$", fontsize=12)
     figure.colorbar(ScalarMappable(Normalize(0, 1), GRADIENTS), cax=bar)
     bar.set_yticks([0, 1], labels=["0", "max"], fontsize=8)
-    bar.set_ylabel("gradient norm of a pixel", fontsize=9, labelpad=-10)
+    bar.set_ylabel("gradient norm", fontsize=9, labelpad=-10)
     return figure
 
 
@@ -91,7 +91,7 @@ def draw_sampling_points(
     for axis, title in zip(axes[:, 0], ("(a) encoder", "(b) decoder"), strict=True):
         axis.set_ylabel(title, fontsize=11)
     figure.colorbar(ScalarMappable(scale, WEIGHTS), cax=bar)
-    bar.yaxis.set_major_locator(MaxNLocator(5))
+    bar.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     bar.tick_params(labelsize=8)
     bar.set_ylabel("attention weight (sum 1 in each head)", fontsize=9)
     return figure

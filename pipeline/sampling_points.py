@@ -37,6 +37,7 @@ class Sampling:
         """`locations` as fractions of each image's own width and height."""
         return self.locations / self.ratios[:, None, None, :, None]
 
+    @torch.no_grad()
     def reference_points(self) -> Tensor:
         """The centres [N, Q, 2] of the references, as fractions of each image."""
         return self.references[:, :, 0, :2] / self.ratios[:, None, 0]

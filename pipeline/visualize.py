@@ -97,9 +97,10 @@ def _draw(sample: Sample, boxes: list[tuple[list[float], int, str]], title: str)
         colour = COLOURS[column % len(COLOURS)]
         x0, y0, x1, y1 = (v * scale for v in box)
         pen.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=colour, width=2)
-        left, top, right, bottom = pen.textbbox((x0, max(0, y0 - 15)), text, font=font)
+        at = (min(max(0, x0), image.width - pen.textlength(text, font) - 3), max(0, y0 - 15))
+        left, top, right, bottom = pen.textbbox(at, text, font=font)
         pen.rectangle([left, top, right + 2, bottom + 1], fill=colour)
-        pen.text((x0, max(0, y0 - 15)), text, fill="black", font=font)
+        pen.text(at, text, fill="black", font=font)
     tile = Image.new("RGB", (TILE, TILE + 20), "white")
     tile.paste(image, (0, 20))
     name = f"{title}: {sample.image.get('file_name')}"
