@@ -52,14 +52,14 @@ def look_inside(
 
     best = 0.0
     for index in indices:
-        picture, batch = _load(detector, shards, index)
+        picture, batch = load_image(detector, shards, index)
         (image_id,) = batch.image_ids
         images = batch.normalized_images().requires_grad_()
         with sampling_recorded(detector.model) as (encoder, decoder):
             outputs = differentiable_outputs(detector.model, images, batch.padding_mask)
         found = best_objects(outputs, threshold, objects)
         if not found:
-            here = float(class_scores(outputs)[0].max())
+            here = float(class_scores(outputs)[0].detach().max())
             best = max(best, here)
             tell(f"image {image_id}: no object scores {threshold:g}, the best {here:.2g}")
             continue
@@ -109,7 +109,7 @@ def choose_images(shards: ShardSet, image_ids: Sequence[int], count: int) -> lis
     return [index_of[image_id] for image_id in dict.fromkeys(image_ids)]
 
 
-def _load(detector: Detector, shards: ShardSet, index: int) -> tuple[Picture, Batch]:
+def load_image(detector: Detector, shards: ShardSet, index: int) -> tuple[Picture, Batch]:
     """The image as the model sees it, for drawing and as a batch of one."""
     sample = shards.read(index)
     example = decode(sample, detector.labels.column_of())
