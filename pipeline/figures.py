@@ -129,7 +129,7 @@ def _faded(image: Picture) -> Picture:
     """Half in grey and darker, for coloured points to stand out."""
     pixels = image.astype(np.float32)
     grey = pixels.mean(axis=-1, keepdims=True)
-    return ((0.4 * pixels + 0.6 * grey) * 0.6).astype(np.uint8)
+    return ((0.5 * pixels + 0.5 * grey) * 0.75).astype(np.uint8)
 
 
 def _mark_box(axis: Axes, found: Detected, name: str = "") -> None:

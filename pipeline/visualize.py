@@ -93,13 +93,16 @@ def _draw(sample: Sample, boxes: list[tuple[list[float], int, str]], title: str)
     pen = ImageDraw.Draw(image)
     # Pillow's own font has no letters beyond ASCII.
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 12)
-    for box, column, text in boxes:
-        colour = COLOURS[column % len(COLOURS)]
+    for box, column, _ in boxes:
         x0, y0, x1, y1 = (v * scale for v in box)
-        pen.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=colour, width=2)
+        pen.rectangle(
+            [x0, y0, max(x0, x1), max(y0, y1)], outline=COLOURS[column % len(COLOURS)], width=2
+        )
+    for box, column, text in boxes:  # over all lines, to be read
+        x0, y0 = box[0] * scale, box[1] * scale
         at = (min(max(0, x0), image.width - pen.textlength(text, font) - 3), max(0, y0 - 15))
         left, top, right, bottom = pen.textbbox(at, text, font=font)
-        pen.rectangle([left, top, right + 2, bottom + 1], fill=colour)
+        pen.rectangle([left, top, right + 2, bottom + 1], fill=COLOURS[column % len(COLOURS)])
         pen.text(at, text, fill="black", font=font)
     tile = Image.new("RGB", (TILE, TILE + 20), "white")
     tile.paste(image, (0, 20))
