@@ -146,6 +146,7 @@ def _mark_box(axis: Axes, found: Detected, name: str = "") -> None:
         (min(x1, 1) if leftwards else max(x0, 0), max(y0, 0)),
         (0, -1 if inside else 1),
         textcoords="offset points",
+        annotation_clip=False,  # rounding may put the edge outside
         ha="right" if leftwards else "left",
         va="top" if inside else "bottom",
         fontsize=8,
@@ -159,7 +160,7 @@ def _mark_points(axis: Axes, points: Points, scale: Normalize) -> None:
     x, y = points.points[order].T
     weights = points.weights[order]
     axis.scatter(
-        x, y, s=8 + 42 * scale(weights), c=weights, norm=scale, cmap=WEIGHTS,
+        x, y, s=7 + 33 * scale(weights), c=weights, norm=scale, cmap=WEIGHTS,
         edgecolors="black", linewidths=0.3, clip_on=True,
     )  # fmt: skip
     for colour, size, width in (("black", 11, 3.4), (GREEN, 10, 1.8)):

@@ -43,44 +43,22 @@ def look_inside(
     if architecture != "deformable_detr":
         tell(f"{architecture} has no deformable attention: no sampling points are drawn (Figure 6)")
     saved: list[Path] = []
-
-    def save(figure: Figure, name: str) -> None:
-        output.mkdir(exist_ok=True)
-        saved.append(output / name)
-        figure.savefig(saved[-1], bbox_inches="tight", pad_inches=0.06)
-        tell(f"saved {saved[-1]}")
-
     best = 0.0
     for index in indices:
-        picture, batch = load_image(detector, shards, index)
-        (image_id,) = batch.image_ids
-        images = batch.normalized_images().requires_grad_()
-        with sampling_recorded(detector.model) as (encoder, decoder):
-            outputs = differentiable_outputs(detector.model, images, batch.padding_mask)
-        found = best_objects(outputs, threshold, objects)
-        if not found:
-            here = float(class_scores(outputs)[0].detach().max())
-            best = max(best, here)
-            tell(f"image {image_id}: no object scores {threshold:g}, the best {here:.2g}")
-            continue
-        names = [detector.labels.names[one.column] for one in found]
-        norms = [gradient_norms(outputs, images, one.query, one.column) for one in found]
-        gradients = torch.stack(norms).cpu().numpy()
-        save(
-            draw_pixel_gradients(picture, found, names, gradients),
-            f"pixel_gradients_{image_id}.png",
-        )
-        if encoder:
-            of_tokens = [_points(encoder[0], _token_at(encoder[0], one)) for one in found]
-            of_queries = [_points(decoder[0], one.query) for one in found]
-            save(
-                draw_sampling_points(picture, found, names, of_tokens, of_queries),
-                f"sampling_points_{image_id}.png",
-            )
+        image_id = int(shards.image_id[index])
+        drawn, here = _draw(detector, shards, index, objects, threshold)
+        best = max(best, here)
+        if not drawn:
+            tell(f"image {image_id}: no object scores {threshold:g}, the best {here:.3f}")
+        for name, figure in drawn.items():
+            output.mkdir(exist_ok=True)
+            saved.append(output / f"{name}_{image_id}.png")
+            figure.savefig(saved[-1], bbox_inches="tight", pad_inches=0.06)
+            tell(f"saved {saved[-1]}")
     if not saved:
         raise UserError(
-            f"--threshold: got {threshold:g}, expected {best:.2g} or less, the best score in "
-            f"these images ({len(indices)}); give a lower one, or other images"
+            f"--threshold: got {threshold:g}, expected less than the best score in these images "
+            f"({len(indices)}), {best:.3f}; give a lower one, or other images"
         )
     saved.append(output / "predictions.png")
     draw_images(
@@ -89,6 +67,30 @@ def look_inside(
     )  # fmt: skip
     tell(f"saved {saved[-1]}")
     return saved
+
+
+def _draw(
+    detector: Detector, shards: ShardSet, index: int, most: int, threshold: float
+) -> tuple[dict[str, Figure], float]:
+    """The figures of an image by name, none where no object scores `threshold`; the best score."""
+    picture, batch = load_image(detector, shards, index)
+    images = batch.normalized_images().requires_grad_()
+    with sampling_recorded(detector.model) as (encoder, decoder):
+        outputs = differentiable_outputs(detector.model, images, batch.padding_mask)
+    best = float(class_scores(outputs).detach().max())
+    found = best_objects(outputs, threshold, most)
+    if not found:
+        return {}, best
+    # A column without a category can score in a model that has learned little.
+    names = [detector.labels.names[one.column] or f"class {one.column}" for one in found]
+    norms = [gradient_norms(outputs, images, one.query, one.column) for one in found]
+    gradients = torch.stack(norms).cpu().numpy()
+    figures = {"pixel_gradients": draw_pixel_gradients(picture, found, names, gradients)}
+    if encoder:
+        tokens = [_points(encoder[0], _token_at(encoder[0], one)) for one in found]
+        queries = [_points(decoder[0], one.query) for one in found]
+        figures["sampling_points"] = draw_sampling_points(picture, found, names, tokens, queries)
+    return figures, best
 
 
 def choose_images(shards: ShardSet, image_ids: Sequence[int], count: int) -> list[int]:
