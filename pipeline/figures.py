@@ -168,5 +168,5 @@ def _mark_points(axis: Axes, points: Points, scale: Normalize) -> None:
     if points.outside() >= 0.005:
         axis.text(
             0.98, 0.98, f"{points.outside():.0%} outside", fontsize=7, color="white",
-            ha="right", va="bottom",
+            ha="right", va="bottom", zorder=5,
         )  # fmt: skip
