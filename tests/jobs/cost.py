@@ -132,7 +132,12 @@ def train_lines(folder: Path) -> list[dict]:
 
 
 def environment(options: Options) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    # Ray runs workers at low priority; here nothing else is to run.
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(options.threads),
+        "RAY_worker_niceness": "0",
+    }
 
 
 def started(command: list[str], options: Options) -> str:
