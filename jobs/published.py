@@ -74,7 +74,11 @@ def published(key: str) -> Published:
     the nearest match."""
     known = {row.key: row for table in tables().values() for row in table.rows}
     if key not in known:
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected one of {', '.join(known)}"
-        raise UserError(f"unknown published row {key!r}: {hint}")
+        raise UserError(f"unknown published row {key!r}: {meant(key, list(known))}")
     return known[key]
+
+
+def meant(given: str, known: list[str]) -> str:
+    """The remedy for a misspelled name: "did you mean 'x'?", else what was expected."""
+    nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"expected one of {', '.join(known)}"

@@ -1,0 +1,186 @@
+"""Charts as inline SVG, drawn from numbers alone. Colours are the page's: classes s0, s1, …, and
+up and down for bars."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 920, 430
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 46
+COLOURS = 8  # that the page has; further lines repeat them dashed
+BAR = 17  # pixels from one bar to the next
+
+
+@dataclass(frozen=True)
+class Line:
+    """`points`: (x, y) by x; `group`: number of what it belongs to, which gives its colour."""
+
+    name: str
+    group: int
+    points: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A single point with a label: a number that was published, or a moment of a run."""
+
+    label: str
+    group: int
+    x: float
+    y: float
+    kind: str  # "paper" or "drop": how the page shows it
+
+
+def curves(lines: list[Line], marks: list[Mark], x_label: str, y_label: str, log: bool) -> str:
+    """Lines over a linear or logarithmic axis (which leaves out what is not above 0). A line of one
+    point is a dot. "" where there is nothing to draw."""
+    if log:
+        lines = [Line(e.name, e.group, [p for p in e.points if p[0] > 0]) for e in lines]
+        marks = [mark for mark in marks if mark.x > 0]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return ""
+    every = [p for line in lines for p in line.points] + [(mark.x, mark.y) for mark in marks]
+    first, last = min(x for x, _ in every), max(x for x, _ in every)
+    x_ticks = log_ticks(first, last) if log else ticks(0, last)
+    y_ticks = ticks(0, max(y for _, y in every))
+    low, high = (min(first, x_ticks[0]), max(last, x_ticks[-1])) if log else (0.0, x_ticks[-1])
+    across = _scale(low, high, LEFT, WIDTH - RIGHT, log)
+    up = _scale(0, y_ticks[-1], HEIGHT - BOTTOM, TOP, False)
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_e(y_label)} against '
+        f'{_e(x_label)}">'
+    ]
+    for y in y_ticks:
+        parts.append(f'<path class="rule" d="M{LEFT} {up(y):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{up(y) + 4:.1f}">{y:g}</text>')
+    for x in x_ticks:
+        parts.append(
+            f'<path class="rule" d="M{across(x):.1f} {HEIGHT - BOTTOM}v5"/>'
+            f'<text class="tick mid" x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 20}">'
+            f"{_short(x)}</text>"
+        )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="axis mid" x="{middle}" y="{HEIGHT - 6}">{_e(x_label)}</text>')
+    parts.append(f'<text class="axis" x="{LEFT + 6}" y="{TOP + 10}">{_e(y_label)}</text>')
+    for line in lines:
+        parts.append(_drawn(line, across, up))
+    for mark in marks:
+        parts.append(_marked(mark, across(mark.x), up(mark.y)))
+    parts.append('<circle class="here" r="5"/></svg>')
+    return "".join(parts)
+
+
+def _drawn(line: Line, across: Callable[[float], float], up: Callable[[float], float]) -> str:
+    at = [f"{across(x):.1f},{up(y):.1f}" for x, y in line.points]
+    dots = ""
+    if len(at) <= 60:
+        pairs = (point.split(",") for point in at)
+        dots = "".join(f'<circle cx="{x}" cy="{y}" r="2.4"/>' for x, y in pairs)
+    values = " ".join(f"{x:.6g},{y:.4g}" for x, y in line.points)
+    return (
+        f'<g class="line {_style(line.group)}" data-group="{line.group}" '
+        f'data-name="{_e(line.name)}" data-values="{values}">'
+        f'<polyline points="{" ".join(at)}"/>{dots}</g>'
+    )
+
+
+def _marked(mark: Mark, x: float, y: float) -> str:
+    if mark.kind == "paper":
+        left = x > WIDTH * 0.72
+        shape = f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z"/>'
+        side, at = ("end", x - 10) if left else ("", x + 10)
+        label = f'<text class="tick {side}" x="{at:.1f}" y="{y - 7:.1f}">{_e(mark.label)}</text>'
+    else:
+        shape, label = f'<path d="M{x:.1f} {y + 14:.1f}v-28"/>', ""
+    return (
+        f'<g class="mark {mark.kind} {_style(mark.group)}" data-group="{mark.group}">'
+        f"<title>{_e(mark.label)}</title>{shape}{label}</g>"
+    )
+
+
+def bars(values: list[tuple[str, float]], unit: str, columns: int = 1) -> str:
+    """Differences from zero as horizontal bars with their numbers, from top to bottom, then in the
+    next column. "" where there are none."""
+    if not values:
+        return ""
+    rows = -(-len(values) // columns)
+    width = WIDTH / columns
+    longest = max(len(name) for name, _ in values)
+    names = min(max(60.0, 7.0 * longest), width * 0.45)
+    reach = max(max(abs(value) for _, value in values), 0.1)
+    zero = names + (width - names) / 2
+    half = (width - names) / 2 - 48
+    parts = [f'<svg viewBox="0 0 {WIDTH} {rows * BAR + 6}" role="img" aria-label="{_e(unit)}">']
+    for i, (name, value) in enumerate(values):
+        column, row = divmod(i, rows)
+        at, y = column * width, row * BAR + 4
+        length = abs(value) / reach * half
+        start = at + zero - (length if value < 0 else 0)
+        side, end = ("end", -length - 5) if value < 0 else ("", length + 5)
+        parts.append(
+            f'<g class="bar {"down" if value < 0 else "up"}"><title>{_e(name)}: {value:+.2f} '
+            f"{_e(unit)}</title>"
+            f'<text class="tick end" x="{at + names - 6:.1f}" y="{y + 10}">'
+            f"{_e(_cut(name, int(names / 6.4)))}</text>"
+            f'<path class="rule" d="M{at + zero:.1f} {y - 3}v{BAR}"/>'
+            f'<rect x="{start:.1f}" y="{y}" width="{max(length, 0.6):.1f}" height="{BAR - 5}"/>'
+            f'<text class="tick {side}" x="{at + zero + end:.1f}" y="{y + 10}">{value:+.1f}</text>'
+            "</g>"
+        )
+    return "".join(parts) + "</svg>"
+
+
+def _scale(
+    low: float, high: float, start: float, end: float, log: bool
+) -> Callable[[float], float]:
+    def place(value: float) -> float:
+        if high == low:
+            return (start + end) / 2
+        if log:
+            share = math.log(value / low) / math.log(high / low)
+        else:
+            share = (value - low) / (high - low)
+        return start + share * (end - start)
+
+    return place
+
+
+def ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Round values, at most so many, the first at or below `low` and the last at or above `high`;
+    steps are 1, 2 or 5 times a power of ten."""
+    span = (high - low) or 1.0
+    step = 10 ** math.floor(math.log10(span / (most - 1)))
+    while span / step > most - 1:
+        step *= 2.5 if f"{step:e}"[0] == "2" else 2
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between the two; at least the two themselves."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [m * 10.0**p for p in powers for m in (1, 2, 5)]
+    found = [round(value, 12) for value in found if low * 0.999 <= value <= high * 1.001]
+    return found if len(found) > 1 else [low, high] if high > low else [low]
+
+
+def _short(value: float) -> str:
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _style(group: int) -> str:
+    return f"s{group % COLOURS}" + (" dashed" if group // COLOURS % 2 else "")
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _e(text: str) -> str:
+    return escape(text, quote=True)
