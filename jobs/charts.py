@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 920, 430
+WIDTH, HEIGHT = 920, 470
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 46
+LABELS = 84  # pixels at the right for what the paper reports
 COLOURS = 8  # that the page has; further lines repeat them dashed
-BAR = 17  # pixels from one bar to the next
+BAR, LABEL = 17, 15  # pixels from one bar, one label to the next
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,28 @@ def curves(lines: list[Line], marks: list[Mark], x_label: str, y_label: str, log
     x_ticks = log_ticks(first, last) if log else ticks(0, last)
     y_ticks = ticks(0, max(y for _, y in every))
     low, high = (min(first, x_ticks[0]), max(last, x_ticks[-1])) if log else (0.0, x_ticks[-1])
-    across = _scale(low, high, LEFT, WIDTH - RIGHT, log)
+    right = WIDTH - (LABELS if any(mark.kind == "paper" for mark in marks) else RIGHT)
+    across = _scale(low, high, LEFT, right, log)
     up = _scale(0, y_ticks[-1], HEIGHT - BOTTOM, TOP, False)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_e(y_label)} against '
         f'{_e(x_label)}">'
     ]
     for y in y_ticks:
-        parts.append(f'<path class="rule" d="M{LEFT} {up(y):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{up(y) + 4:.1f}">{y:g}</text>')
+        parts.append(f'<path class="rule" d="M{LEFT} {up(y):.1f}H{right}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 8}" y="{up(y) + 4:.1f}">{y:g}</text>')
     for x in x_ticks:
         parts.append(
             f'<path class="rule" d="M{across(x):.1f} {HEIGHT - BOTTOM}v5"/>'
-            f'<text class="tick mid" x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 20}">'
+            f'<text class="mid" x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 20}">'
             f"{_short(x)}</text>"
         )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="axis mid" x="{middle}" y="{HEIGHT - 6}">{_e(x_label)}</text>')
-    parts.append(f'<text class="axis" x="{LEFT + 6}" y="{TOP + 10}">{_e(y_label)}</text>')
+    middle = (LEFT + right) / 2
+    parts.append(f'<text class="mid" x="{middle}" y="{HEIGHT - 6}">{_e(x_label)}</text>')
+    parts.append(f'<text x="{LEFT + 6}" y="{TOP + 10}">{_e(y_label)}</text>')
     for line in lines:
         parts.append(_drawn(line, across, up))
-    for mark in marks:
-        parts.append(_marked(mark, across(mark.x), up(mark.y)))
+    parts.append(_marked(marks, across, up))
     parts.append('<circle class="here" r="5"/></svg>')
     return "".join(parts)
 
@@ -86,18 +87,31 @@ def _drawn(line: Line, across: Callable[[float], float], up: Callable[[float], f
     )
 
 
-def _marked(mark: Mark, x: float, y: float) -> str:
-    if mark.kind == "paper":
-        left = x > WIDTH * 0.72
-        shape = f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z"/>'
-        side, at = ("end", x - 10) if left else ("", x + 10)
-        label = f'<text class="tick {side}" x="{at:.1f}" y="{y - 7:.1f}">{_e(mark.label)}</text>'
-    else:
-        shape, label = f'<path d="M{x:.1f} {y + 14:.1f}v-28"/>', ""
-    return (
-        f'<g class="mark {mark.kind} {_style(mark.group)}" data-group="{mark.group}">'
-        f"<title>{_e(mark.label)}</title>{shape}{label}</g>"
-    )
+def _marked(
+    marks: list[Mark], across: Callable[[float], float], up: Callable[[float], float]
+) -> str:
+    """Labels keep LABEL pixels from each other; those of one place and text are one."""
+    parts = []
+    taken: list[tuple[float, float]] = []
+    said = set()
+    for mark in sorted(marks, key=lambda mark: -mark.y):
+        x, y, label = across(mark.x), up(mark.y), ""
+        if mark.kind == "paper":
+            shape = f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z"/>'
+            if (mark.x, mark.label) not in said:
+                height = y - 9
+                while any(abs(x - a) < 90 and abs(height - b) < LABEL for a, b in taken):
+                    height += 1
+                taken.append((x, height))
+                said.add((mark.x, mark.label))
+                label = f'<text x="{x + 12:.1f}" y="{height:.1f}">{_e(mark.label)}</text>'
+        else:
+            shape = f'<path d="M{x:.1f} {y + 14:.1f}v-28"/>'
+        parts.append(
+            f'<g class="mark {mark.kind} {_style(mark.group)}" data-group="{mark.group}">'
+            f"<title>{_e(mark.label)}</title>{shape}{label}</g>"
+        )
+    return "".join(parts)
 
 
 def bars(values: list[tuple[str, float]], unit: str, columns: int = 1) -> str:
@@ -109,24 +123,25 @@ def bars(values: list[tuple[str, float]], unit: str, columns: int = 1) -> str:
     width = WIDTH / columns
     longest = max(len(name) for name, _ in values)
     names = min(max(60.0, 7.0 * longest), width * 0.45)
-    reach = max(max(abs(value) for _, value in values), 0.1)
-    zero = names + (width - names) / 2
-    half = (width - names) / 2 - 48
+    low = min(0.0, *(value for _, value in values))
+    high = max(0.0, *(value for _, value in values))
+    scale = (width - names - 2 * 44) / max(high - low, 0.1)
+    zero = names + 44 - low * scale
     parts = [f'<svg viewBox="0 0 {WIDTH} {rows * BAR + 6}" role="img" aria-label="{_e(unit)}">']
     for i, (name, value) in enumerate(values):
         column, row = divmod(i, rows)
         at, y = column * width, row * BAR + 4
-        length = abs(value) / reach * half
+        length = abs(value) * scale
         start = at + zero - (length if value < 0 else 0)
         side, end = ("end", -length - 5) if value < 0 else ("", length + 5)
         parts.append(
             f'<g class="bar {"down" if value < 0 else "up"}"><title>{_e(name)}: {value:+.2f} '
             f"{_e(unit)}</title>"
-            f'<text class="tick end" x="{at + names - 6:.1f}" y="{y + 10}">'
+            f'<text class="end" x="{at + names - 6:.1f}" y="{y + 10}">'
             f"{_e(_cut(name, int(names / 6.4)))}</text>"
             f'<path class="rule" d="M{at + zero:.1f} {y - 3}v{BAR}"/>'
             f'<rect x="{start:.1f}" y="{y}" width="{max(length, 0.6):.1f}" height="{BAR - 5}"/>'
-            f'<text class="tick {side}" x="{at + zero + end:.1f}" y="{y + 10}">{value:+.1f}</text>'
+            f'<text class="{side}" x="{at + zero + end:.1f}" y="{y + 10}">{value:+.1f}</text>'
             "</g>"
         )
     return "".join(parts) + "</svg>"

@@ -51,7 +51,7 @@ class Row:
         """Whether the cell stands to the baseline as in the paper."""
         if self.to_baseline is None or not self.paper_to_baseline:
             return ""
-        if self.to_baseline.verdict in ("noise", "not known"):
+        if not self.finished or self.to_baseline.verdict in ("noise", "not known"):
             return "undecided"
         return (
             "as in the paper" if self.paper_to_baseline * self.to_baseline.value > 0 else "opposite"

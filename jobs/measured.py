@@ -6,7 +6,6 @@ problems: what is finished stays readable whatever else is broken.
 
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,15 +240,15 @@ def read_grid(folder: Path) -> Grid:
     entries = []
     for number, entry in enumerate(content["cells"], 1):
         wrong = _wrong(entry, CELL_FIELDS) or _wrong_row(entry["published"])
+        if not wrong and (entry["name"], entry["seed"]) in [
+            (e["name"], e["seed"]) for e in entries
+        ]:
+            wrong = f"a second one of this name with seed {entry['seed']}; rename one of the two"
         if wrong:
             called = entry.get("name") if isinstance(entry, dict) else None
             mistakes.append(f"{path}: cell {number} ({called or 'without a name'}): {wrong}")
         else:
             entries.append(entry)
-    twice = [key for key, n in Counter((e["name"], e["seed"]) for e in entries).items() if n > 1]
-    for name, seed in twice:
-        mistakes.append(f"{path}: two cells are named {name!r} with seed {seed}: rename one")
-    entries = [entry for entry in entries if (entry["name"], entry["seed"]) not in twice]
     names = list(dict.fromkeys(entry["name"] for entry in entries))
     baseline = content["baseline"]
     if baseline is not None and baseline not in names:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jobs.charts import COLOURS, Line, Mark, bars, curves
 from jobs.compare import Comparison, Row
 from jobs.measured import Cell, Measurement, Run
-from jobs.report_text import NOTHING, Sheet, sheets
+from jobs.report_text import NOTHING, Sheet, progress, sheets
 
 Value = Callable[[Run, Measurement], float | None]
 SIZES = {"AP_S": "small", "AP_M": "medium", "AP_L": "large"}
@@ -22,7 +22,7 @@ AXES: dict[str, tuple[str, Value]] = {
     "device-hours": ("GPU-hours (hours × processes)", lambda run, point: point.device_hours),
 }
 SCALES = {"linear": False, "log": True}
-VERDICTS = ("higher", "lower", "noise", "not known", "missing")
+VERDICTS = ("higher", "lower", "noise", "not known", "missing", "unfinished")
 
 
 def page(comparison: Comparison) -> str:
@@ -44,7 +44,8 @@ def page(comparison: Comparison) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(comparison.grid.name)}: comparison</title>\n"
-        f"<style>\n{style}</style></head>\n<body><header><p class='kind'>{escape(comparison.grid.name)}</p>"
+        f"<style>\n{style}</style></head>\n<body><header>"
+        f"<p class='kind'>{escape(comparison.grid.name)}</p>"
         f"<h1>{escape(comparison.title)}</h1>"
         f"<p class='quiet'>{done} of {len(cells)} cells finished · {written}</p></header>\n"
         + "\n".join(section for section in sections if section)
@@ -53,24 +54,26 @@ def page(comparison: Comparison) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in sheet.columns)
+    """Further columns of words, which name the row too, stand below the first in small print."""
+    head = "".join(
+        f"<th>{escape(c)}</th>" for c in (sheet.columns[0], *sheet.columns[sheet.words :])
+    )
     body = []
-    for values in sheet.rows:
-        shown = []
-        for i, value in enumerate(values):
-            word = value.split(",")[0]
-            inner = escape(value)
-            if word in VERDICTS:
-                inner = f'<span class="tag {word.replace(" ", "-")}">{inner}</span>'
-            tag = "th" if i == 0 else "td"
-            kind = ' class="word"' if 0 < i < sheet.words else ""
-            shown.append(f"<{tag}{kind}>{inner}</{tag}>")
+    for label, *values in sheet.rows:
+        aside, rest = values[: sheet.words - 1], values[sheet.words - 1 :]
+        small = "".join(f"<small>{escape(text)}</small>" for text in aside if text)
+        shown = [f"<th>{escape(label)}{small}</th>", *(f"<td>{_tagged(v)}</td>" for v in rest)]
         body.append(f"<tr>{''.join(shown)}</tr>")
     return (
-        f"<section><h2>{escape(sheet.title)}</h2>"
-        f"<div class='wide'><table class='words{sheet.words}'><thead><tr>{head}</tr></thead>\n"
-        f"<tbody>{chr(10).join(body)}</tbody></table></div></section>"
+        f"<section><h2>{escape(sheet.title)}</h2><div class='wide'><table>"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{chr(10).join(body)}</tbody></table></div></section>"
     )
+
+
+def _tagged(value: str) -> str:
+    if value in VERDICTS:
+        return f'<span class="tag {value.replace(" ", "-")}">{escape(value)}</span>'
+    return escape(value)
 
 
 def _drawn(comparison: Comparison) -> list[Row]:
@@ -169,12 +172,16 @@ def _others(comparison: Comparison) -> tuple[Cell | None, list[Row]]:
     ]
 
 
+def _named(row: Row) -> str:
+    return row.label if row.finished else f"{row.label} (epoch {progress(row.cell)})"
+
+
 def _sizes(comparison: Comparison) -> str:
     base, rows = _others(comparison)
     if base is None:
         return ""
     values = [
-        (f"{row.label} · {size}", row.metrics[name] - base.metrics[name])
+        (f"{_named(row)} · {size}", row.metrics[name] - base.metrics[name])
         for row in rows
         for name, size in SIZES.items()
         if name in row.metrics and name in base.metrics
@@ -194,7 +201,7 @@ def _classes(comparison: Comparison) -> str:
         values.sort(key=lambda pair: -pair[1])
         if svg := bars(values, "points of AP", columns=2 if len(values) > 12 else 1):
             charts.append(
-                f"<details{' open' if not charts else ''}><summary>{escape(row.label)}</summary>"
+                f"<details{' open' if not charts else ''}><summary>{escape(_named(row))}</summary>"
                 f"{svg}</details>"
             )
     if not charts:
@@ -217,7 +224,7 @@ def _configs(comparison: Comparison) -> str:
         lines.append([row.label, *(_value(own[n][1]) if n in own else NOTHING for n in names)])
     # A field a line: there may be more fields than fit beside each other.
     turned = [list(column) for column in zip(["field", *names], *lines, strict=True)]
-    return _table(Sheet("Configs: what differs", turned[0], turned[1:], words=len(turned[0])))
+    return _table(Sheet("Configs: what differs", turned[0], turned[1:]))
 
 
 def _value(value: object) -> str:

@@ -29,8 +29,8 @@ def sheets(comparison: Comparison) -> list[Sheet]:
 
 
 def _published_sheet(comparison: Comparison) -> Sheet:
-    columns = ["row", "cell", "epoch", "seeds", "paper", "AP", "95% images", "± seeds"]
-    columns += ["to paper", "noise?", "hours"]
+    columns = ["row", "cell", "epoch", "seeds", "paper", "AP", "95% images"]
+    columns += ["to paper", "verdict", "GPU-hours"]
     rows = []
     for row in comparison.rows:
         paper = row.published.metrics.get("AP") if row.published else None
@@ -41,12 +41,11 @@ def _published_sheet(comparison: Comparison) -> Sheet:
                 progress(row.cell),
                 _seeds(row.cell),
                 number(paper),
-                number(row.metrics.get("AP")) if row.metrics else missing(row),
+                _ap(row),
                 between(row.interval),
-                number(row.spread, 2),
                 signed(row.to_paper),
-                row.to_paper.verdict if row.to_paper else NOTHING,
-                number(hours(row.cell), 2),
+                verdict(row, row.to_paper),
+                _hours(row),
             ]
         )
     return Sheet("Published and measured", columns, rows, words=2)
@@ -67,7 +66,7 @@ def _baseline_sheet(comparison: Comparison) -> Sheet:
                 signed(difference),
                 between((difference.low, difference.high) if known else None, sign="+"),
                 " and ".join(difference.sources) or NOTHING,
-                difference.verdict + ("" if row.finished else ", unfinished"),
+                verdict(row, difference),
                 row.ordering or NOTHING,
             ]
         )
@@ -103,8 +102,26 @@ def between(bounds: tuple[float, float] | None, sign: str = "") -> str:
     return NOTHING if bounds is None else f"{bounds[0]:{sign}.1f} … {bounds[1]:{sign}.1f}"
 
 
-def missing(row: Row) -> str:
-    return "missing" if row.cell else NOTHING
+def verdict(row: Row, difference: Difference | None) -> str:
+    """What the difference is; a run that goes on is not judged."""
+    if difference is None:
+        return NOTHING
+    return difference.verdict if row.finished else "unfinished"
+
+
+def _hours(row: Row) -> str:
+    """Measured, and the paper's in brackets where both are there."""
+    paper, own = row.published.extra.get("gpu_hours") if row.published else None, hours(row.cell)
+    shown = number(own, 2 if (own or 0) < 10 else 0)
+    return f"{shown} ({paper})" if paper else shown
+
+
+def _ap(row: Row) -> str:
+    """With the standard deviation over seeds where there are several."""
+    if not row.metrics:
+        return "missing" if row.cell else NOTHING
+    spread = "" if row.spread is None else f" ± {row.spread:.2f}"
+    return f"{row.metrics['AP']:.1f}{spread}"
 
 
 def progress(cell: Cell | None) -> str:
@@ -198,12 +215,12 @@ def _record(row: Row) -> dict[str, object]:
         "AP_images_low": row.interval[0] if row.interval else None,
         "AP_images_high": row.interval[1] if row.interval else None,
         "AP_to_paper": row.to_paper.value if row.to_paper else None,
-        "to_paper_verdict": row.to_paper.verdict if row.to_paper else None,
+        "to_paper_verdict": verdict(row, row.to_paper) if row.to_paper else None,
         "paper_AP_to_baseline": row.paper_to_baseline,
         "AP_to_baseline": difference.value if difference else None,
         "to_baseline_low": difference.low if difference and difference.sources else None,
         "to_baseline_high": difference.high if difference and difference.sources else None,
         "to_baseline_noise_of": "+".join(difference.sources) if difference else None,
-        "to_baseline_verdict": difference.verdict if difference else None,
+        "to_baseline_verdict": verdict(row, difference) if difference else None,
         "order": row.ordering or None,
     }

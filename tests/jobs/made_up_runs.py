@@ -27,7 +27,11 @@ def write_run(
     other metrics; `lift`: class -> AP over the mean."""
     folder = Path(folder)
     (folder / "evaluations").mkdir(parents=True)
-    schedule = {"epochs": epochs or len(curve), "kind": "step", "drop_epochs": [len(curve) * 4 // 5]}
+    schedule = {
+        "epochs": epochs or len(curve),
+        "kind": "step",
+        "drop_epochs": [len(curve) * 4 // 5],
+    }
     identity = {
         "config": {
             "recipe": "deformable_detr_r50", "seed": seed, "schedule": schedule,
