@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 920, 470
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 46
 LABELS = 84  # pixels at the right for what the paper reports
 COLOURS = 8  # that the page has; further lines repeat them dashed
-BAR, LABEL = 17, 15  # pixels from one bar, one label to the next
+BAR, LABEL, ROW = 17, 15, 26  # pixels from one bar, label, row of spots to the next
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,55 @@ def _marked(
     return "".join(parts)
 
 
+@dataclass(frozen=True)
+class Spot:
+    """One row of `spots`: a value of each run, the interval of their mean, a published value."""
+
+    name: str
+    group: int
+    values: list[float]
+    interval: tuple[float, float] | None
+    paper: float | None
+
+
+def spots(rows: list[Spot], label: str) -> str:
+    """Values and intervals over an axis that shows their range alone, a row each. "" without any
+    value."""
+    every = [v for row in rows for v in (*row.values, *(row.interval or ()))]
+    if not every:
+        return ""
+    every += [row.paper for row in rows if row.paper is not None]
+    marked = ticks(min(every), max(every), most=9)
+    names = min(20.0 + 7.0 * max(len(row.name) for row in rows), WIDTH * 0.4)
+    across = _scale(marked[0], marked[-1], names + 10, WIDTH - 24, False)
+    height = len(rows) * ROW + 8
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height + 40}" role="img" aria-label="{_e(label)}">']
+    for x in marked:
+        parts.append(
+            f'<path class="rule" d="M{across(x):.1f} 0V{height}"/>'
+            f'<text class="mid" x="{across(x):.1f}" y="{height + 16}">{x:g}</text>'
+        )
+    for i, row in enumerate(rows):
+        y = i * ROW + ROW / 2 + 4
+        drawn = ""
+        if row.interval:
+            low, high = map(across, row.interval)
+            drawn += f'<path class="span" d="M{low:.1f} {y}H{high:.1f}"/>'
+        drawn += "".join(f'<circle cx="{across(v):.1f}" cy="{y}" r="4"/>' for v in row.values)
+        if row.paper is not None:
+            drawn += f'<path class="paper" d="M{across(row.paper):.1f} {y - 7}l7 7l-7 7l-7 -7z"/>'
+        said = ", ".join(f"{value:.2f}" for value in row.values)
+        parts.append(
+            f'<g class="spot {_style(row.group)}"><title>{_e(row.name)}: {said}</title>'
+            f'<text class="end" x="{names:.1f}" y="{y + 4}">{_e(_cut(row.name, int(names / 6.4)))}'
+            f"</text>{drawn}</g>"
+        )
+    parts.append(
+        f'<text class="mid" x="{(names + WIDTH) / 2}" y="{height + 36}">{_e(label)}</text>'
+    )
+    return "".join(parts) + "</svg>"
+
+
 def bars(values: list[tuple[str, float]], unit: str, columns: int = 1) -> str:
     """Differences from zero as horizontal bars with their numbers, from top to bottom, then in the
     next column. "" where there are none."""
@@ -122,7 +171,7 @@ def bars(values: list[tuple[str, float]], unit: str, columns: int = 1) -> str:
     rows = -(-len(values) // columns)
     width = WIDTH / columns
     longest = max(len(name) for name, _ in values)
-    names = min(max(60.0, 7.0 * longest), width * 0.45)
+    names = min(20.0 + 7.0 * longest, width * 0.45)
     low = min(0.0, *(value for _, value in values))
     high = max(0.0, *(value for _, value in values))
     scale = (width - names - 2 * 44) / max(high - low, 0.1)

@@ -92,7 +92,9 @@ def open_targets(targets: tuple[str, ...]) -> Grid:
                 return read_grid(folder)
         if not first.exists():
             remedy = (
-                f"submit it with: python -m jobs grid {first}" if first.name in tables() else ""
+                f"submit it with: python -m jobs grid {first.name}"
+                if first.name in tables()
+                else ""
             )
             raise UserError(
                 f"compare: neither {first} nor {GRIDS / first} is there"

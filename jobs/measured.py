@@ -237,7 +237,7 @@ def read_grid(folder: Path) -> Grid:
     if wrong := _wrong(content, GRID_FIELDS):
         raise UserError(f"{path}: {wrong}")
     mistakes: list[str] = []
-    entries = []
+    entries: list[dict[str, Any]] = []
     for number, entry in enumerate(content["cells"], 1):
         wrong = _wrong(entry, CELL_FIELDS) or _wrong_row(entry["published"])
         if not wrong and (entry["name"], entry["seed"]) in [
@@ -312,8 +312,14 @@ def read_runs(folders: list[Path]) -> Grid:
             what = "it has no config.json" if folder.exists() else "there is no such folder"
             mistakes.append(f"{folder}: not a run folder ({what})")
         else:
-            runs[folder] = run = read_run(folder)
-            cells.setdefault(_but_seed(run), []).append(folder)
+            run, key = read_run(folder), ""
+            # A second run of one seed is no further seed, but a row of its own.
+            for number in range(len(folders)):
+                key = f"{_but_seed(run)} {number}"
+                if run.seed not in [runs[other].seed for other in cells.get(key, [])]:
+                    break
+            runs[folder] = run
+            cells.setdefault(key, []).append(folder)
     names = _distinct(list(runs))
     firsts = [runs[group[0]] for group in cells.values()]
     found = tuple(

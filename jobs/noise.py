@@ -85,13 +85,15 @@ def to_paper(cell: Cell, row: Published, spread: SeedSpread | None) -> Differenc
 
 def to_baseline(
     cell: Cell, base: Cell, samples: dict[Path, NDArray[np.float64]], spread: SeedSpread | None
-) -> Difference:
+) -> Difference | None:
+    """None where the two were evaluated on different data, which compares to nothing."""
+    if len({run.val_digest for run in (*cell.measured, *base.measured)}) > 1:
+        return None
     value = cell.metrics["AP"] - base.metrics["AP"]
     below = above = 0.0
     sources = []
     mine, theirs = sample_mean(cell, samples), sample_mean(base, samples)
-    same = {run.val_digest for run in (*cell.measured, *base.measured)}
-    if mine is not None and theirs is not None and len(same) == 1:
+    if mine is not None and theirs is not None:
         low, high = interval(mine[:, 0] - theirs[:, 0])
         if math.isfinite(low):
             below, above = max(0.0, value - low), max(0.0, high - value)

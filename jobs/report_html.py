@@ -5,7 +5,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from jobs.charts import COLOURS, Line, Mark, bars, curves
+from jobs.charts import COLOURS, Line, Mark, Spot, bars, curves, spots
 from jobs.compare import Comparison, Row
 from jobs.measured import Cell, Measurement, Run
 from jobs.report_text import NOTHING, Sheet, progress, sheets
@@ -28,6 +28,7 @@ VERDICTS = ("higher", "lower", "noise", "not known", "missing", "unfinished")
 def page(comparison: Comparison) -> str:
     sections = [
         *(_table(sheet) for sheet in sheets(comparison)),
+        _results(comparison),
         _convergence(comparison),
         _sizes(comparison),
         _classes(comparison),
@@ -81,6 +82,27 @@ def _drawn(comparison: Comparison) -> list[Row]:
     return [r for r in comparison.rows if r.cell and any(run.curve for run in r.cell.runs)]
 
 
+def _results(comparison: Comparison) -> str:
+    rows = [
+        Spot(
+            _named(row),
+            group,
+            [run.best.metrics["AP"] for run in row.cell.measured if run.best] if row.cell else [],
+            row.interval,
+            row.published.metrics.get("AP") if row.published and comparison.beside_paper else None,
+        )
+        for group, row in enumerate(_drawn(comparison))
+        if row.finished or not any(other.finished for other in comparison.rows)
+    ]
+    svg = spots(rows, "AP")
+    if not svg:
+        return ""
+    hint = "A dot is a run" + ("; a diamond is the paper's" if comparison.beside_paper else "")
+    if any(row.interval for row in rows):
+        hint += "; a bar is the 95% interval over images of the runs' mean"
+    return f"<section><h2>AP</h2>{svg}<p class='quiet'>{hint}.</p></section>"
+
+
 def _convergence(comparison: Comparison) -> str:
     rows = _drawn(comparison)
     charts, choices = [], []
@@ -101,13 +123,16 @@ def _convergence(comparison: Comparison) -> str:
     # Radio buttons before the charts: the style sheet shows the chart that they choose.
     radios = _radios("axis", choices) + _radios("scale", list(SCALES))
     picks = _picks("axis", choices) + _picks("scale", list(SCALES))
-    hint = "A short upright line is where the learning rate falls"
-    if any(_marks(comparison, rows)) and comparison.beside_paper:
-        hint += "; a diamond is what the paper reports"
+    kinds = {mark.kind for mark in _marks(comparison, rows)}
+    hint = "Point at a curve for its numbers, press a name to hide it."
+    if "drop" in kinds:
+        hint += " A short upright line: here the learning rate falls."
+    if "paper" in kinds:
+        hint += " A diamond: what the paper reports."
     return (
         f"<section class='curves'><h2>Convergence</h2>{radios}<div class='picks'>{picks}</div>"
         f"<div class='legend'>{legend}</div><div class='charts'>{''.join(charts)}"
-        f"<div class='tip' hidden></div></div><p class='quiet'>{hint}.</p></section>"
+        f"<div class='tip' hidden></div></div><p class='quiet'>{hint}</p></section>"
     )
 
 

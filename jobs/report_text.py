@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs.compare import Comparison, Row
@@ -25,7 +26,17 @@ class Sheet:
 def sheets(comparison: Comparison) -> list[Sheet]:
     """Published beside measured; the cells beside the baseline; the parts of AP."""
     found = [_published_sheet(comparison), _baseline_sheet(comparison), _parts_sheet(comparison)]
-    return [sheet for sheet in found if sheet.rows]
+    return [_without_empty_columns(sheet) for sheet in found if sheet.rows]
+
+
+def _without_empty_columns(sheet: Sheet) -> Sheet:
+    kept = [i for i in range(len(sheet.columns)) if {row[i] for row in sheet.rows} - {"", NOTHING}]
+    return Sheet(
+        sheet.title,
+        [sheet.columns[i] for i in kept],
+        [[row[i] for i in kept] for row in sheet.rows],
+        words=sum(i < sheet.words for i in kept),
+    )
 
 
 def _published_sheet(comparison: Comparison) -> Sheet:
@@ -48,7 +59,8 @@ def _published_sheet(comparison: Comparison) -> Sheet:
                 _hours(row),
             ]
         )
-    return Sheet("Published and measured", columns, rows, words=2)
+    published = any(row.published for row in comparison.rows)
+    return Sheet("Published and measured" if published else "Measured", columns, rows, words=2)
 
 
 def _baseline_sheet(comparison: Comparison) -> Sheet:
@@ -62,9 +74,9 @@ def _baseline_sheet(comparison: Comparison) -> Sheet:
         rows.append(
             [
                 row.label,
-                NOTHING if paper is None else f"{paper:+.1f}",
+                NOTHING if paper is None else plus(paper),
                 signed(difference),
-                between((difference.low, difference.high) if known else None, sign="+"),
+                between((difference.low, difference.high) if known else None, plus),
                 " and ".join(difference.sources) or NOTHING,
                 verdict(row, difference),
                 row.ordering or NOTHING,
@@ -81,7 +93,9 @@ def _parts_sheet(comparison: Comparison) -> Sheet:
         if row.metrics or paper:
             parts = [_part(row.metrics.get(name), paper.get(name)) for name in METRICS[1:]]
             rows.append([row.label, *parts])
-    return Sheet("Parts of AP: measured (paper)", ["row", *METRICS[1:]], rows)
+    published = any(row.published for row in comparison.rows)
+    title = "Parts of AP: measured (paper)" if published else "Parts of AP"
+    return Sheet(title, ["row", *METRICS[1:]], rows)
 
 
 def _part(measured: float | None, paper: float | None) -> str:
@@ -94,12 +108,18 @@ def number(value: float | None, digits: int = 1) -> str:
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
+def plus(value: float) -> str:
+    """With its sign; 0.0 has none."""
+    text = f"{value:+.1f}"
+    return text[1:] if text[1:] == "0.0" else text
+
+
 def signed(difference: Difference | None) -> str:
-    return NOTHING if difference is None else f"{difference.value:+.1f}"
+    return NOTHING if difference is None else plus(difference.value)
 
 
-def between(bounds: tuple[float, float] | None, sign: str = "") -> str:
-    return NOTHING if bounds is None else f"{bounds[0]:{sign}.1f} … {bounds[1]:{sign}.1f}"
+def between(bounds: tuple[float, float] | None, shown: Callable[[float], str] = number) -> str:
+    return NOTHING if bounds is None else f"{shown(bounds[0])} … {shown(bounds[1])}"
 
 
 def verdict(row: Row, difference: Difference | None) -> str:
@@ -112,7 +132,7 @@ def verdict(row: Row, difference: Difference | None) -> str:
 def _hours(row: Row) -> str:
     """Measured, and the paper's in brackets where both are there."""
     paper, own = row.published.extra.get("gpu_hours") if row.published else None, hours(row.cell)
-    shown = number(own, 2 if (own or 0) < 10 else 0)
+    shown = NOTHING if own is None else f"{own:.0f}" if own >= 10 else f"{own:.2g}"
     return f"{shown} ({paper})" if paper else shown
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.charts import Line, Mark, bars, curves, log_ticks, ticks
+from jobs.charts import Line, Mark, Spot, bars, curves, log_ticks, spots, ticks
 from jobs.compare import compare, open_targets, report
 from jobs.measured import read_grid, read_run, read_runs
 from jobs.noise import DETECTIONS
@@ -307,6 +307,17 @@ def test_runs_that_differ_in_the_seed_alone_are_one_cell(tmp_path):
     assert [(c.name, len(c.runs)) for c in grid.cells] == [("x/run", 2), ("fp32", 1)]
     assert grid.cells[1].differences == {"engine.precision": ("bf16", "fp32")}
     assert grid.baseline == "x/run"
+    again = write_run(tmp_path / "again", [0.45], seed=1, engine={"precision": "bf16"})
+    names = [(c.name, len(c.runs)) for c in read_runs([*folders, again]).cells]
+    assert names == [("x/run", 2), ("fp32", 1), ("again", 1)]
+
+
+def test_runs_on_different_data_are_not_held_against_each_other(tmp_path):
+    write_run(tmp_path / "a", [0.4])
+    write_run(tmp_path / "b", [0.5], val_digest="other")
+    comparison = compare(read_runs([tmp_path / "a", tmp_path / "b"]), 0)
+    assert row_of(comparison, "b").to_baseline is None
+    assert "different data: their APs do not compare" in comparison.notes[-1]
 
 
 def test_what_is_no_run_is_named_and_the_rest_is_compared(tmp_path, capsys):
@@ -411,7 +422,7 @@ def test_the_command_writes_its_files_and_ends_with_2_after_a_mistake(tmp_path, 
     a, b = write_run(tmp_path / "a", [0.4]), write_run(tmp_path / "b", [0.5], world=1, seed=1)
     done = run_command("jobs", "compare", a, b, "--output", tmp_path / "out", "--resamples", 0)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^a +1/1 +2 +– +45\.0 ± 7\.07", done.stdout, re.M)
+    assert re.search(r"^a +1/1 +2 +45\.0 ± 7\.07", done.stdout, re.M)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["compare.csv", "compare.html", "compare.md"]
     done = run_command("jobs", "compare", tmp_path / "none")
@@ -486,7 +497,7 @@ def test_the_page_is_whole_in_itself_and_takes_no_markup_from_names(rich):
     headings = re.findall(r"<h2>([^<]*)</h2>", text)
     assert headings == [
         "Published and measured", "AP less the baseline&#x27;s (MS inputs, MS attention, K=4)",
-        "Parts of AP: measured (paper)", "Convergence", "By size, less the baseline",
+        "Parts of AP: measured (paper)", "AP", "Convergence", "By size, less the baseline",
         "By class, less the baseline", "Configs: what differs", "Missing, and to be known",
         "How to read it",
     ]  # fmt: skip
@@ -563,6 +574,17 @@ def test_labels_of_marks_keep_their_distance():
     heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)">paper', svg))
     assert len(heights) == 4
     assert min(np.diff(heights)) >= 14.9
+
+
+def test_spots_lie_where_their_values_are():
+    rows = [Spot("a", 0, [40.0, 41.0], (39.0, 43.0), 42.0), Spot("b", 1, [], None, None)]
+    svg = spots(rows, "AP")
+    a, b = (float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg))
+    low, high = map(float, re.search(r'span" d="M([\d.]+) [\d.]+H([\d.]+)"', svg).groups())
+    (paper,) = map(float, re.findall(r'paper" d="M([\d.]+)', svg))
+    places = np.array([low, a, b, paper, high])  # 39 to 43
+    np.testing.assert_allclose(np.diff(places), places[1] - places[0], atol=0.2)
+    assert spots([Spot("b", 1, [], None, 40.0)], "AP") == ""
 
 
 def test_bars_are_as_long_as_their_values():
