@@ -16,8 +16,9 @@ from jobs.noise import (
     to_baseline,
     to_paper,
 )
-from jobs.published import Published, published, tables
+from jobs.published import Published, Table, published, tables
 from pipeline.errors import UserError
+from pipeline.recipes import DEMO_SCALE
 
 GRIDS = Path("outputs/grids")
 COCO_CLASSES = 80
@@ -29,7 +30,8 @@ class Row:
 
     `metrics`: means over seeds, percent; `spread`: standard deviation of AP over them; `interval`:
     95% of AP over resampled images; `to_paper`, `to_baseline`: differences of AP;
-    `paper_to_baseline`: the published difference of the same two rows.
+    `paper_to_baseline`: the published difference of the same two rows; `settled`: both the cell and
+    the baseline are finished, so that their difference can be judged.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Row:
     to_paper: Difference | None = None
     to_baseline: Difference | None = None
     paper_to_baseline: float | None = None
+    settled: bool = False
 
     @property
     def finished(self) -> bool:
@@ -51,7 +54,7 @@ class Row:
         """Whether the cell stands to the baseline as in the paper."""
         if self.to_baseline is None or not self.paper_to_baseline:
             return ""
-        if not self.finished or self.to_baseline.verdict in ("noise", "not known"):
+        if not self.settled or self.to_baseline.verdict in ("noise", "not known", "same run"):
             return "undecided"
         return (
             "as in the paper" if self.paper_to_baseline * self.to_baseline.value > 0 else "opposite"
@@ -91,15 +94,12 @@ def open_targets(targets: tuple[str, ...]) -> Grid:
             if (folder / "grid.json").is_file():
                 return read_grid(folder)
         if not first.exists():
-            remedy = (
-                f"submit it with: python -m jobs grid {first.name}"
-                if first.name in tables()
-                else ""
-            )
-            raise UserError(
-                f"compare: neither {first} nor {GRIDS / first} is there"
-                + f"; {remedy or 'expected a grid or a run folder'}"
-            )
+            name, small = first.name.removesuffix(DEMO_SCALE), first.name.endswith(DEMO_SCALE)
+            remedy = "expected a grid or a run folder"
+            if name in tables():
+                scale = " --scale demo" if small else ""
+                remedy = f"submit it with: python -m jobs grid {name}{scale}"
+            raise UserError(f"compare: neither {first} nor {GRIDS / first} is there; {remedy}")
     if grids := [target for target in targets if (Path(target) / "grid.json").is_file()]:
         raise UserError(f"compare: {grids[0]} is a grid: expected one grid alone, or run folders")
     grid = read_runs([Path(target) for target in targets])
@@ -111,7 +111,8 @@ def open_targets(targets: tuple[str, ...]) -> Grid:
 def compare(grid: Grid, resamples: int, val: str = "") -> Comparison:
     """All numbers of the comparison. val: shard folder of the validation set, where it lies
     elsewhere now than config.json says. resamples 0: no bootstrap."""
-    notes = [problem for cell in grid.cells for run in cell.runs for problem in run.problems]
+    problems = [problem for cell in grid.cells for run in cell.runs for problem in run.problems]
+    notes = list(dict.fromkeys(problems))  # cells may share a run
     samples = bootstrapped(grid, resamples, val, notes) if resamples else {}
     spread = seed_spread(grid)
     base = next((cell for cell in grid.cells if cell.name == grid.baseline), None)
@@ -134,16 +135,28 @@ def compare(grid: Grid, resamples: int, val: str = "") -> Comparison:
                 to_paper=to_paper(cell, row, spread) if row else None,
                 to_baseline=to_baseline(cell, other, samples, spread) if other else None,
                 paper_to_baseline=published_difference(row, base),
+                settled=cell.finished and other is not None and other.finished,
             )
         )
-    title = tables()[grid.name].caption if grid.name in tables() else f"Comparison of {grid.name}"
-    return Comparison(grid, title, tuple(rows), tuple(notes + remarks(grid, rows)), spread)
+    return Comparison(grid, title(grid), tuple(rows), tuple(notes + remarks(grid, rows)), spread)
+
+
+def paper_table(grid: Grid) -> Table | None:
+    """The table that the grid is of, at demo scale too."""
+    return tables().get(grid.name.removesuffix(DEMO_SCALE))
+
+
+def title(grid: Grid) -> str:
+    table, small = paper_table(grid), grid.name.endswith(DEMO_SCALE)
+    caption = table.caption if table else f"Comparison of {grid.name}"
+    return f"{caption}, at demo scale" if table and small else caption
 
 
 def paired(grid: Grid) -> list[tuple[str, Published | None, Cell | None]]:
     """The paper's rows in its order, each with the cells that reproduce it, then other cells."""
     found: list[tuple[str, Published | None, Cell | None]] = []
-    of_table = tables()[grid.name].rows if grid.name in tables() else ()
+    table = paper_table(grid)
+    of_table = table.rows if table else ()
     placed = set()
     for row in of_table:
         cells = [cell for cell in grid.cells if cell.published == row.key]
@@ -156,7 +169,7 @@ def paired(grid: Grid) -> list[tuple[str, Published | None, Cell | None]]:
     for cell in grid.cells:
         if cell.name not in placed:
             row_of = published(cell.published) if cell.published else None
-            found.append((cell.name, row_of, cell))
+            found.append((row_of.label if row_of else cell.name, row_of, cell))
     return found
 
 

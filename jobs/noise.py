@@ -33,15 +33,19 @@ SEED = 2021  # of the resamples
 @dataclass(frozen=True)
 class Difference:
     """Measured minus something, in points of AP. `low`, `high`: its 95% interval by `sources`
-    ("images", "seeds"); both NaN and no sources where nothing is known of its noise."""
+    ("images", "seeds"); both NaN and no sources where nothing is known of its noise. `same_run`:
+    the two are one run, as cells are that differ in what demo scale does not have."""
 
     value: float
     low: float = math.nan
     high: float = math.nan
     sources: tuple[str, ...] = ()
+    same_run: bool = False
 
     @property
     def verdict(self) -> str:
+        if self.same_run:
+            return "same run"
         if not self.sources:
             return "not known"
         return "noise" if self.low <= 0 <= self.high else "higher" if self.value > 0 else "lower"
@@ -65,7 +69,7 @@ class SeedSpread:
 def seed_spread(grid: Grid) -> SeedSpread | None:
     """From the finished cells that have several seeds; None where there is no such cell."""
     squares, freedom, cells = 0.0, 0, 0
-    for cell in grid.cells:
+    for cell in {tuple(run.folder for run in cell.runs): cell for cell in grid.cells}.values():
         aps = [run.best.metrics["AP"] for run in cell.measured if run.best and run.finished]
         if len(aps) > 1:
             squares += float(np.var(aps)) * len(aps)
@@ -90,6 +94,8 @@ def to_baseline(
     if len({run.val_digest for run in (*cell.measured, *base.measured)}) > 1:
         return None
     value = cell.metrics["AP"] - base.metrics["AP"]
+    if {run.folder for run in cell.measured} == {run.folder for run in base.measured}:
+        return Difference(value, same_run=True)
     below = above = 0.0
     sources = []
     mine, theirs = sample_mean(cell, samples), sample_mean(base, samples)
@@ -120,7 +126,7 @@ def bootstrapped(
 ) -> dict[Path, NDArray[np.float64]]:
     """[resamples, metrics] in percent of every run that has its best evaluation's detections. What
     stands in the way is noted."""
-    runs = [run for cell in grid.cells for run in cell.measured]
+    runs = list({run.folder: run for cell in grid.cells for run in cell.measured}.values())
     there = [run for run in runs if (run.folder / DETECTIONS).is_file()]
     if lacking := len(runs) - len(there):
         notes.append(

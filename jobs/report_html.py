@@ -22,7 +22,7 @@ AXES: dict[str, tuple[str, Value]] = {
     "device-hours": ("GPU-hours (hours × processes)", lambda run, point: point.device_hours),
 }
 SCALES = {"linear": False, "log": True}
-VERDICTS = ("higher", "lower", "noise", "not known", "missing", "unfinished")
+VERDICTS = ("higher", "lower", "noise", "not known", "missing", "unfinished", "same run")
 
 
 def page(comparison: Comparison) -> str:

@@ -55,7 +55,7 @@ def _published_sheet(comparison: Comparison) -> Sheet:
                 _ap(row),
                 between(row.interval),
                 signed(row.to_paper),
-                verdict(row, row.to_paper),
+                verdict(row.to_paper, row.finished),
                 _hours(row),
             ]
         )
@@ -78,7 +78,7 @@ def _baseline_sheet(comparison: Comparison) -> Sheet:
                 signed(difference),
                 between((difference.low, difference.high) if known else None, plus),
                 " and ".join(difference.sources) or NOTHING,
-                verdict(row, difference),
+                verdict(difference, row.settled),
                 row.ordering or NOTHING,
             ]
         )
@@ -122,11 +122,11 @@ def between(bounds: tuple[float, float] | None, shown: Callable[[float], str] = 
     return NOTHING if bounds is None else f"{shown(bounds[0])} … {shown(bounds[1])}"
 
 
-def verdict(row: Row, difference: Difference | None) -> str:
-    """What the difference is; a run that goes on is not judged."""
+def verdict(difference: Difference | None, finished: bool) -> str:
+    """What the difference is; that of a run which goes on is not judged."""
     if difference is None:
         return NOTHING
-    return difference.verdict if row.finished else "unfinished"
+    return difference.verdict if finished else "unfinished"
 
 
 def _hours(row: Row) -> str:
@@ -235,12 +235,12 @@ def _record(row: Row) -> dict[str, object]:
         "AP_images_low": row.interval[0] if row.interval else None,
         "AP_images_high": row.interval[1] if row.interval else None,
         "AP_to_paper": row.to_paper.value if row.to_paper else None,
-        "to_paper_verdict": verdict(row, row.to_paper) if row.to_paper else None,
+        "to_paper_verdict": verdict(row.to_paper, row.finished) if row.to_paper else None,
         "paper_AP_to_baseline": row.paper_to_baseline,
         "AP_to_baseline": difference.value if difference else None,
         "to_baseline_low": difference.low if difference and difference.sources else None,
         "to_baseline_high": difference.high if difference and difference.sources else None,
         "to_baseline_noise_of": "+".join(difference.sources) if difference else None,
-        "to_baseline_verdict": verdict(row, difference) if difference else None,
+        "to_baseline_verdict": verdict(difference, row.settled) if difference else None,
         "order": row.ordering or None,
     }

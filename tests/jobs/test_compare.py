@@ -213,6 +213,36 @@ def test_without_seeds_or_detections_noise_is_not_known(tmp_path):
     assert "2 of 2 runs have no evaluations/best-detections.json" in comparison.notes[0]
 
 
+def test_nothing_is_judged_beside_an_unfinished_baseline(tmp_path):
+    folder = tmp_path / "grid"
+    cells = [cell("base", FULL), *(cell("done", "table2/ms_inputs_k4", seed) for seed in (1, 2))]
+    write_run(folder / cells[0]["folder"], [0.2], epochs=2)
+    for entry in cells[1:]:
+        write_run(folder / entry["folder"], [0.3 + entry["seed"] / 100], seed=entry["seed"])
+    comparison = compare(read_grid(write_grid(folder, cells, baseline="base")), 0)
+    row = row_of(comparison, "done")
+    assert row.to_baseline.verdict == "higher"
+    assert row.ordering == "undecided"
+    assert re.search(
+        r"MS inputs, K=4 +-1\.5 +\+11\.5 .* unfinished +undecided", terminal(comparison)
+    )
+
+
+def test_cells_that_share_runs_are_the_same_run_and_count_once(tmp_path):
+    folder = tmp_path / "grid"
+    cells = [cell("resnet50", "table3/r50", s, f"runs/{s}") for s in (1, 2)]
+    cells += [cell("resnet101", "table3/r101", s, f"runs/{s}") for s in (1, 2)]
+    for seed, ap in ((1, 0.40), (2, 0.42)):
+        write_run(folder / f"runs/{seed}", [ap], seed=seed)
+    grid = read_grid(write_grid(folder, cells, "table3_demo", baseline="resnet50"))
+    comparison = compare(grid, 0)
+    assert comparison.title.endswith(", at demo scale")
+    assert len(comparison.rows) == 9  # the paper's
+    assert (comparison.spread.freedom, comparison.spread.cells) == (1, 1)
+    row = row_of(comparison, "resnet101")
+    assert (row.to_baseline.verdict, row.ordering) == ("same run", "undecided")
+
+
 def test_an_unfinished_seed_does_not_count_beside_finished_ones(tmp_path):
     folder = tmp_path / "grid"
     cells = [cell("base", FULL, seed) for seed in (1, 2, 3)]
@@ -399,6 +429,8 @@ def test_a_grid_that_was_not_submitted_says_how(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"submit it with: python -m jobs grid table2"):
         open_targets(("table2",))
+    with pytest.raises(UserError, match=r"python -m jobs grid figure3 --scale demo"):
+        open_targets(("outputs/grids/figure3_demo",))
     write_grid(tmp_path / "outputs/grids/table2", [cell("base", FULL)])
     assert open_targets(("table2",)).name == "table2"
     with pytest.raises(UserError, match="one grid alone"):
