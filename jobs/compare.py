@@ -29,9 +29,9 @@ class Row:
     """A row of the comparison: a published row, a cell, or both.
 
     `metrics`: means over seeds, percent; `spread`: standard deviation of AP over them; `interval`:
-    95% of AP over resampled images; `to_paper`, `to_baseline`: differences of AP;
-    `paper_to_baseline`: the published difference of the same two rows; `settled`: both the cell and
-    the baseline are finished, so that their difference can be judged.
+    95% of AP over resampled images; `to_paper`, `to_baseline`: differences of AP, the former None
+    on other data than the paper's; `paper_to_baseline`: the published difference of the same two
+    rows; `settled`: both the cell and the baseline are finished, so their difference can be judged.
     """
 
     label: str
@@ -116,6 +116,7 @@ def compare(grid: Grid, resamples: int, val: str = "") -> Comparison:
     samples = bootstrapped(grid, resamples, val, notes) if resamples else {}
     spread = seed_spread(grid)
     base = next((cell for cell in grid.cells if cell.name == grid.baseline), None)
+    same_data = class_counts(grid) == {COCO_CLASSES}
     rows = []
     for label, row, cell in paired(grid):
         if cell is None or not cell.measured:
@@ -131,8 +132,8 @@ def compare(grid: Grid, resamples: int, val: str = "") -> Comparison:
                 cell,
                 cell.metrics,
                 spread=statistics.stdev(aps) if len(aps) > 1 else None,
-                interval=None if drawn is None else interval(drawn[:, 0]),
-                to_paper=to_paper(cell, row, spread) if row else None,
+                interval=None if drawn is None else interval(drawn[:, 0], cell.metrics["AP"]),
+                to_paper=to_paper(cell, row, spread) if row and same_data else None,
                 to_baseline=to_baseline(cell, other, samples, spread) if other else None,
                 paper_to_baseline=published_difference(row, base),
                 settled=cell.finished and other is not None and other.finished,

@@ -6,6 +6,7 @@ problems: what is finished stays readable whatever else is broken.
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,15 @@ class Run:
     @property
     def epochs(self) -> int:
         """Length of its schedule; 0 where it is not known."""
-        return int(self.config.get("schedule", {}).get("epochs", 0))
+        return int(_number(_section(self.config, "schedule").get("epochs")) or 0)
+
+    @property
+    def drop_epochs(self) -> tuple[float, ...]:
+        """Where its learning rate falls."""
+        schedule = _section(self.config, "schedule")
+        drops = schedule.get("drop_epochs") if schedule.get("kind") == "step" else None
+        found = [_number(drop) for drop in drops] if isinstance(drops, list) else []
+        return tuple(drop for drop in found if drop is not None)
 
     @property
     def epoch(self) -> float:
@@ -56,8 +65,13 @@ class Run:
         return 0 < self.epochs <= self.epoch
 
     @property
+    def val(self) -> str:
+        """Where its validation shards were."""
+        return str(_section(self.config, "data").get("val", ""))
+
+    @property
     def batch_size(self) -> int:
-        return int(self.config.get("optimizer", {}).get("batch_size", 0))
+        return int(_number(_section(self.config, "optimizer").get("batch_size")) or 0)
 
 
 @dataclass(frozen=True)
@@ -112,7 +126,8 @@ def read_run(folder: Path, seed: int = 0) -> Run:
     """A run folder as far as it is there: a cell that has not begun gives a run without curve."""
     problems: list[str] = []
     identity = _read(folder / "config.json", problems)
-    config = identity.get("config", {})
+    config = _section(identity, "config")
+    seed_of_run = _number(config.get("seed"))
     lines = _lines(folder / "metrics.jsonl", problems)
     points = {point.step: point for point in _logged(lines)}
     for path in sorted(folder.glob("evaluations/step-*.json")):
@@ -121,7 +136,7 @@ def read_run(folder: Path, seed: int = 0) -> Run:
             # Evaluated, but the log does not have it: a line was torn, or it was resumed before.
             epoch = _number(content.get("epoch"))
             if epoch is not None:
-                metrics, classes = content.get("summary", {}), content.get("per_class", {})
+                metrics, classes = _section(content, "summary"), _section(content, "per_class")
                 points[int(digits)] = Measurement(
                     int(digits), epoch, _percent(metrics, METRICS), _percent(classes)
                 )
@@ -132,7 +147,7 @@ def read_run(folder: Path, seed: int = 0) -> Run:
         best = next((point for point in curve if point.step == int(named)), best)
     return Run(
         folder=folder,
-        seed=int(config.get("seed", seed)),
+        seed=seed if seed_of_run is None else int(seed_of_run),
         config=config,
         val_digest=str(identity.get("val_digest", "")),
         curve=curve,
@@ -186,7 +201,7 @@ def _logged(lines: list[dict[str, Any]]) -> list[Measurement]:
     before, world = None, 1
     for line in lines:
         if line.get("event") == "start":
-            before, world = line["time"], int(_number(line.get("world")) or 1)
+            before, world = line["time"], max(1, int(_number(line.get("world")) or 1))
         elif before is not None:
             # Nodes' clocks differ: one that is behind must not take time back.
             passed = max(0.0, line["time"] - before)
@@ -207,17 +222,27 @@ def _logged(lines: list[dict[str, Any]]) -> list[Measurement]:
     return found
 
 
+def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part that should be an object; empty where it is not."""
+    part = content.get(name)
+    return part if isinstance(part, dict) else {}
+
+
 def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
+    """A finite number of 0 or more, as steps, epochs, times and shares are; else None."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if 0 <= number < math.inf else None
 
 
-def _percent(values: Any, names: Any = None) -> dict[str, float]:
-    """Fractions as percent; -1, pycocotools' "no such object", is left out."""
-    if not isinstance(values, dict):
-        return {}
-    chosen = {n: _number(values.get(n)) for n in (values if names is None else names)}
-    return {n: 100 * v for n, v in chosen.items() if v is not None and v >= 0}
+def _percent(values: dict[str, Any], names: Iterable[str] | None = None) -> dict[str, float]:
+    """Fractions as percent. -1, pycocotools' "no such object", is left out."""
+    chosen = {name: _number(values.get(name)) for name in (values if names is None else names)}
+    return {name: 100 * v for name, v in chosen.items() if v is not None and v <= 1}
 
 
 GRID_FIELDS = {"name": str, "baseline": str | None, "cells": list}

@@ -100,7 +100,7 @@ def to_baseline(
     sources = []
     mine, theirs = sample_mean(cell, samples), sample_mean(base, samples)
     if mine is not None and theirs is not None:
-        low, high = interval(mine[:, 0] - theirs[:, 0])
+        low, high = interval(mine[:, 0] - theirs[:, 0], value)
         if math.isfinite(low):
             below, above = max(0.0, value - low), max(0.0, high - value)
             sources.append("images")
@@ -150,7 +150,7 @@ def _truth(run: Run, val: str) -> Any:
     from pipeline.data.shards import ShardSet
     from pipeline.evaluate import ground_truth
 
-    shards = ShardSet(val or run.config.get("data", {}).get("val", ""))
+    shards = ShardSet(val or run.val)
     if shards.digest != run.val_digest:
         raise UserError(
             f"{shards.folder}: got other data than the run was evaluated on; give --val SHARDS"

@@ -165,12 +165,10 @@ def _marks(comparison: Comparison, rows: list[Row]) -> list[Mark]:
     for group, row in enumerate(rows):
         assert row.cell is not None
         for run in row.cell.runs:
-            schedule = run.config.get("schedule", {})
-            for epoch in schedule.get("drop_epochs", []) if schedule.get("kind") == "step" else []:
-                height = _height(run, epoch)
-                if height is not None:
-                    said = f"{row.label}: learning rate falls after epoch {epoch}"
-                    marks.append(Mark(said, group, float(epoch), height, "drop"))
+            for epoch in run.drop_epochs:
+                if (height := _height(run, epoch)) is not None:
+                    said = f"{row.label}: learning rate falls after epoch {epoch:g}"
+                    marks.append(Mark(said, group, epoch, height, "drop"))
         paper = row.published
         if comparison.beside_paper and paper and paper.epochs and "AP" in paper.metrics:
             ap = paper.metrics["AP"]

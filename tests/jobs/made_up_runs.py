@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 CLASSES = ("person", "bicycle", "car")
+COCO = tuple(f"class {i}" for i in range(80))
 HOUR = 3600.0
 
 

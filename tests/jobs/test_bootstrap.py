@@ -140,7 +140,7 @@ def test_nothing_detected_is_zero_and_nothing_to_find_is_not_a_number():
     assert np.all(bootstrap_ap(truth, [], 3, seed=0)[:, 0] == 0)
     empty = indexed([1, 2], [], [1])
     assert np.isnan(bootstrap_ap(empty, [], 3, seed=0)).all()
-    assert all(np.isnan(interval(np.full(4, np.nan))))
+    assert all(np.isnan(interval(np.full(4, np.nan), 0.5)))
 
 
 def test_resamples_follow_from_the_seed_alone_and_are_paired():
@@ -175,8 +175,13 @@ def test_the_interval_covers_the_mean_of_a_known_population():
         for i in found
     ]
     values = bootstrap_ap(indexed(images, objects, [1]), detections, 400, seed=2)[:, 0]
-    low, high = interval(values)
     p = len(found) / 400
+    low, high = interval(values, p)
     width = 2 * 1.96 * np.sqrt(p * (1 - p) / 400)
     assert low < p < high
     assert width * 0.8 < high - low < width * 1.2
+
+
+def test_the_interval_lies_around_what_was_measured_and_takes_no_notice_of_nan():
+    values = np.concatenate([np.linspace(0.6, 0.8, 1001), [np.nan]])
+    np.testing.assert_allclose(interval(values, 0.5), (0.405, 0.595), atol=1e-12)

@@ -22,7 +22,7 @@ from jobs.report_text import as_csv, markdown, terminal
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 from pipeline.evaluate import ground_truth, summarize
-from tests.jobs.made_up_runs import cell, write_grid, write_run
+from tests.jobs.made_up_runs import COCO, cell, write_grid, write_run
 
 FULL = "table2/ms_attention_k4"
 
@@ -139,18 +139,56 @@ def test_lines_that_are_no_metrics_are_counted_as_torn(tmp_path, content):
     assert "1 of 4 lines" in run.problems[0]
 
 
+def everywhere(value, path=()):
+    """The path of every part of a JSON value."""
+    yield path
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    for key, part in value.items() if isinstance(value, dict) else ():
+        yield from everywhere(part, (*path, key))
+
+
+def replaced(value, path, junk):
+    if not path:
+        return junk
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(value[path[0]], path[1:], junk)
+    return copy
+
+
+JUNK = (None, [], {}, "x", -1, True, float("nan"), [1, 2], {"a": 1}, 10**400)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "best.json", "evaluations/step-00000020.json", "metrics.jsonl"]
+)
+def test_junk_anywhere_in_a_runs_files_breaks_no_comparison(tmp_path, name):
+    good = write_run(tmp_path / "good", [0.3, 0.4])
+    folder = write_run(tmp_path / "bad", [0.1, 0.2], world=1, model={"levels": 4})
+    lines = (folder / name).read_text().splitlines() if name.endswith("l") else None
+    whole = json.loads((folder / name).read_text()) if lines is None else json.loads(lines[-1])
+    for path in list(everywhere(whole)):
+        for junk in JUNK:
+            text = json.dumps(replaced(whole, path, junk))
+            text = text if lines is None else "\n".join([*lines[:-1], text, ""])
+            (folder / name).write_text(text)
+            comparison = compare(read_runs([good, folder]), 0)
+            for write in (terminal, markdown, as_csv, page):
+                assert "good" in write(comparison), (path, junk)
+
+
 # Rows, differences and noise
 
 
 def test_a_table_has_the_papers_rows_in_order_with_the_cells_beside_them(tmp_path):
     folder = tmp_path / "grid"
-    write_run(folder / "cells/base-42", [0.2, 0.44])
-    write_run(folder / "cells/half-42", [0.3], epochs=50)
+    write_run(folder / "cells/base-42", [0.2, 0.44], classes=COCO)
+    write_run(folder / "cells/half-42", [0.3], epochs=50, classes=COCO)
     cells = [
         cell("base", FULL), cell("half", "table2/ms_inputs_k4"), cell("none", "table2/fpn"),
         cell("own"),
     ]  # fmt: skip
-    write_run(folder / "cells/own-42", [0.5])
+    write_run(folder / "cells/own-42", [0.5], classes=COCO)
     comparison = compare(read_grid(write_grid(folder, cells, baseline="base")), 0)
     labels = [row.label for row in comparison.rows]
     assert labels == [*(row.label for row in tables()["table2"].rows), "own"]
@@ -166,7 +204,6 @@ def test_a_table_has_the_papers_rows_in_order_with_the_cells_beside_them(tmp_pat
     assert "none: nothing measured yet" in said
     assert "half: not finished: epoch 1 of 50 (seed 42)" in said
     assert "published alone, no cell of this grid: MS inputs, MS attention, K=4, BiFPN" in said
-    assert "3 classes, not COCO's 80" in said
     text = terminal(comparison)
     assert re.search(r"MS inputs, K=4 +half +1/50 +1 +42\.3 +30\.0 .*unfinished", text)
     assert re.search(r"FPN +none +0 +0/1 +43\.8 +missing", text)
@@ -183,7 +220,7 @@ def test_seeds_give_mean_deviation_and_the_noise_of_differences(tmp_path):
     ):
         for seed, ap in enumerate(aps):
             cells.append(cell(name, key, seed))
-            write_run(folder / cells[-1]["folder"], [ap], seed=seed)
+            write_run(folder / cells[-1]["folder"], [ap], seed=seed, classes=COCO)
     comparison = compare(read_grid(write_grid(folder, cells, baseline="base")), 0)
     base, near, far, one = (row_of(comparison, n) for n in ("base", "near", "far", "one"))
     assert base.metrics["AP"] == pytest.approx(41)
@@ -539,6 +576,8 @@ def test_published_points_are_not_drawn_beside_other_data(tmp_path):
     write_run(tmp_path / "cells/base-42", [0.3, 0.4])
     comparison = compare(read_grid(write_grid(tmp_path, [cell("base", FULL)])), 0)
     assert "paper 43.8" not in page(comparison)
+    assert comparison.rows[-1].to_paper is None
+    assert "3 classes, not COCO's 80" in comparison.notes[-1]
 
 
 def test_csv_is_read_back_unrounded(rich):
