@@ -172,6 +172,7 @@ def bars(values: list[tuple[str, float]], unit: str, columns: int = 1) -> str:
     width = WIDTH / columns
     longest = max(len(name) for name, _ in values)
     names = min(20.0 + 7.0 * longest, width * 0.45)
+    digits = 1 if max(abs(value) for _, value in values) >= 1 else 2
     low = min(0.0, *(value for _, value in values))
     high = max(0.0, *(value for _, value in values))
     scale = (width - names - 2 * 44) / max(high - low, 0.1)
@@ -190,8 +191,8 @@ def bars(values: list[tuple[str, float]], unit: str, columns: int = 1) -> str:
             f"{_e(_cut(name, int(names / 6.4)))}</text>"
             f'<path class="rule" d="M{at + zero:.1f} {y - 3}v{BAR}"/>'
             f'<rect x="{start:.1f}" y="{y}" width="{max(length, 0.6):.1f}" height="{BAR - 5}"/>'
-            f'<text class="{side}" x="{at + zero + end:.1f}" y="{y + 10}">{value:+.1f}</text>'
-            "</g>"
+            f'<text class="{side}" x="{at + zero + end:.1f}" y="{y + 10}">'
+            f"{value:+.{digits}f}</text></g>"
         )
     return "".join(parts) + "</svg>"
 

@@ -139,7 +139,8 @@ def compare(grid: Grid, resamples: int, val: str = "") -> Comparison:
                 settled=cell.finished and other is not None and other.finished,
             )
         )
-    return Comparison(grid, title(grid), tuple(rows), tuple(notes + remarks(grid, rows)), spread)
+    notes += remarks(grid, rows, spread)
+    return Comparison(grid, title(grid), tuple(rows), tuple(notes), spread)
 
 
 def paper_table(grid: Grid) -> Table | None:
@@ -180,7 +181,7 @@ def published_difference(row: Published | None, base: Cell | None) -> float | No
     return row.metrics["AP"] - published(str(base.published)).metrics["AP"]
 
 
-def remarks(grid: Grid, rows: list[Row]) -> list[str]:
+def remarks(grid: Grid, rows: list[Row], spread: SeedSpread | None) -> list[str]:
     """What a reader has to know: cells without numbers, half-done ones, other data."""
     said = []
     for cell in grid.cells:
@@ -191,6 +192,12 @@ def remarks(grid: Grid, rows: list[Row]) -> list[str]:
             said.append(f"{cell.name}: not finished: {', '.join(state)}")
     if elsewhere := [row.label for row in rows if row.published and row.cell is None]:
         said.append(f"published alone, no cell of this grid: {'; '.join(elsewhere)}")
+    if spread is not None:
+        said.append(
+            f"between seeds AP has a standard deviation of {spread.deviation:.2f} (pooled over "
+            f"{spread.cells} {'cell' if spread.cells == 1 else 'cells'}, degrees of freedom: "
+            f"{spread.freedom})"
+        )
     measured = [run for cell in grid.cells for run in cell.measured]
     if len({run.val_digest for run in measured}) > 1:
         said.append("the cells were evaluated on different data: their APs do not compare")

@@ -34,7 +34,7 @@ def page(comparison: Comparison) -> str:
         _classes(comparison),
         _configs(comparison),
         _notes(comparison),
-        _reading(comparison),
+        _reading(),
     ]
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
@@ -247,7 +247,9 @@ def _configs(comparison: Comparison) -> str:
         lines.append([row.label, *(_value(own[n][1]) if n in own else NOTHING for n in names)])
     # A field a line: there may be more fields than fit beside each other.
     turned = [list(column) for column in zip(["field", *names], *lines, strict=True)]
-    return _table(Sheet("Configs: what differs", turned[0], turned[1:]))
+    return _table(
+        Sheet(f"Configs: what differs ({NOTHING}: as the baseline)", turned[0], turned[1:])
+    )
 
 
 def _value(value: object) -> str:
@@ -264,18 +266,11 @@ def _notes(comparison: Comparison) -> str:
     return f"<section><h2>Missing, and to be known</h2><ul>{items}</ul></section>"
 
 
-def _reading(comparison: Comparison) -> str:
-    spread = comparison.spread
-    seeds = "No cell has several finished seeds, so what another seed would give is not known."
-    if spread is not None:
-        seeds = (
-            f"Between seeds AP varies by a standard deviation of {spread.deviation:.2f}, from "
-            f"{spread.cells} cells with {spread.freedom} degrees of freedom."
-        )
+def _reading() -> str:
     return (
         "<section class='quiet'><h2>How to read it</h2><p>All APs are percent; of a run its best "
-        "evaluation, of several seeds the mean. <b>95% images</b>: AP on resampled validation "
-        "images. A difference is <b>noise</b> where its 95% interval holds zero, counting the "
-        "sources of noise that are named, and <b>not known</b> where there are none. "
-        f"{escape(seeds)}</p></section>"
+        "evaluation, of several seeds the mean ± standard deviation. <b>95% images</b>: AP on "
+        "resampled validation images. A difference is <b>noise</b> where its 95% interval holds "
+        "zero, counting the sources of noise that are named, and <b>not known</b> where there are "
+        "none.</p></section>"
     )

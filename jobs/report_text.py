@@ -149,7 +149,9 @@ def progress(cell: Cell | None) -> str:
     if cell is None:
         return NOTHING
     run = min(cell.measured or cell.runs, key=lambda run: run.epoch)
-    return f"{run.epoch:g}/{run.epochs}" if run.epochs else f"{run.epoch:g}"
+    if not run.epochs:  # without a config.json
+        return f"{run.epoch:g}" if run.curve else NOTHING
+    return f"{run.epoch:g}/{run.epochs}"
 
 
 def _seeds(cell: Cell | None) -> str:

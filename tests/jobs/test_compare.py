@@ -206,7 +206,7 @@ def test_a_table_has_the_papers_rows_in_order_with_the_cells_beside_them(tmp_pat
     assert "published alone, no cell of this grid: MS inputs, MS attention, K=4, BiFPN" in said
     text = terminal(comparison)
     assert re.search(r"MS inputs, K=4 +half +1/50 +1 +42\.3 +30\.0 .*unfinished", text)
-    assert re.search(r"FPN +none +0 +0/1 +43\.8 +missing", text)
+    assert re.search(r"FPN +none +– +0/1 +43\.8 +missing", text)
 
 
 def test_seeds_give_mean_deviation_and_the_noise_of_differences(tmp_path):
@@ -228,6 +228,8 @@ def test_seeds_give_mean_deviation_and_the_noise_of_differences(tmp_path):
     # Three cells of two seeds: each has variance 2 with 1 degree of freedom, so 2 with 3.
     assert comparison.spread.deviation == pytest.approx(math.sqrt(2))
     assert (comparison.spread.freedom, comparison.spread.cells) == (3, 3)
+    said = "standard deviation of 1.41 (pooled over 3 cells, degrees of freedom: 3)"
+    assert said in terminal(comparison)
     half = 3.182446 * math.sqrt(2) * math.sqrt(1 / 2 + 1 / 2)  # Student's t, 3 degrees, 97.5%
     assert near.to_baseline.low == pytest.approx(1.5 - half, abs=1e-5)
     assert near.to_baseline.high == pytest.approx(1.5 + half, abs=1e-5)
@@ -567,8 +569,8 @@ def test_the_page_is_whole_in_itself_and_takes_no_markup_from_names(rich):
     assert headings == [
         "Published and measured", "AP less the baseline&#x27;s (MS inputs, MS attention, K=4)",
         "Parts of AP: measured (paper)", "AP", "Convergence", "By size, less the baseline",
-        "By class, less the baseline", "Configs: what differs", "Missing, and to be known",
-        "How to read it",
+        "By class, less the baseline", "Configs: what differs (–: as the baseline)",
+        "Missing, and to be known", "How to read it",
     ]  # fmt: skip
 
 
