@@ -47,7 +47,8 @@ def made_up(seed, images=12, categories=3):
 
     for image in range(1, images + 1):
         for _ in range(random.integers(0, 6)):
-            size = random.choice([12.0, 50.0, 150.0]) * (0.7 + random.random(2))
+            # Small, medium and large, and about as large as where one range ends (32, 96 pixels).
+            size = random.choice([12.0, 32.0, 50.0, 96.0, 150.0]) * (0.8 + 0.4 * random.random(2))
             box = np.concatenate([random.random(2) * 300, size])
             category = int(random.integers(1, categories + 1))
             crowd = int(random.random() < 0.15)

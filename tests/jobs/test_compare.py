@@ -338,6 +338,26 @@ def test_detections_give_intervals_over_images_and_paired_differences(tmp_path, 
     assert not [note for note in comparison.notes if "interval" in note]
 
 
+def test_noise_of_images_and_of_seeds_adds_in_squares(tmp_path, evaluated, monkeypatch):
+    folder = tmp_path / "grid"
+    cells = [cell(name, None, seed) for name in ("base", "other") for seed in (1, 2)]
+    for entry, share in zip(cells, (0.9, 0.8, 0.6, 0.7), strict=True):
+        evaluated(folder / entry["folder"], 1.5, entry["seed"], share)
+    grid = read_grid(write_grid(folder, cells, "mine", baseline="base"))
+    both = row_of(compare(grid, 100), "other").to_baseline
+    seeds = row_of(compare(grid, 0), "other").to_baseline
+    monkeypatch.setattr("jobs.compare.seed_spread", lambda grid: None)
+    images = row_of(compare(grid, 100), "other").to_baseline
+    assert [d.sources for d in (both, seeds, images)] == [
+        ("images", "seeds"), ("seeds",), ("images",),
+    ]  # fmt: skip
+    assert images.low < images.value < images.high
+    for side in ("low", "high"):
+        widths = [abs(getattr(d, side) - d.value) for d in (both, seeds, images)]
+        assert min(widths) > 0.5
+        assert widths[0] == pytest.approx(math.hypot(widths[1], widths[2]))
+
+
 def test_detections_of_another_evaluation_or_other_data_are_refused_and_named(tmp_path, evaluated):
     folders = [tmp_path / name for name in ("stale", "torn", "moved", "other")]
     for i, folder in enumerate(folders):
