@@ -32,8 +32,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `curve`: its evaluations by step; `best`: the one it names the best, else
-    that of the highest AP; `config`: of config.json, empty where there is none."""
+    """One run folder. `curve`: its evaluations by step; `best`: the first of the highest AP, which
+    is also the one whose detections the pipeline keeps; `config`: of config.json, empty where there
+    is none."""
 
     folder: Path
     seed: int
@@ -142,9 +143,6 @@ def read_run(folder: Path, seed: int = 0) -> Run:
                 )
     curve = tuple(points[step] for step in sorted(points) if "AP" in points[step].metrics)
     best = max(curve, key=lambda point: (point.metrics["AP"], -point.step), default=None)
-    named = str(_read(folder / "best.json", problems).get("checkpoint", "")).removeprefix("step-")
-    if named.isdecimal():
-        best = next((point for point in curve if point.step == int(named)), best)
     return Run(
         folder=folder,
         seed=seed if seed_of_run is None else int(seed_of_run),

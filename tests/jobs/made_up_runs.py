@@ -46,7 +46,6 @@ def write_run(
     parts = {
         "AP50": 1.45, "AP75": 1.08, "AP_S": 0.6, "AP_M": 1.08, "AP_L": 1.32, **(parts or {}),
     }  # fmt: skip
-    bests = []
     for epoch, ap in enumerate(curve, 1):
         step, time = epoch * steps_per_epoch, 1000.0 + epoch * step_hours * HOUR
         summary = {"AP": ap, **{name: part * ap for name, part in parts.items()}}
@@ -56,10 +55,7 @@ def write_run(
         lines += [{**train, "loss": 1.0}, {**line, **{f"AP/{n}": v for n, v in per_class.items()}}]
         content = {"epoch": epoch, "summary": summary, "per_class": per_class}
         (folder / "evaluations" / f"step-{step:08d}.json").write_text(json.dumps(content))
-        bests.append((ap, -step, {"checkpoint": f"step-{step:08d}", **content}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if bests:
-        (folder / "best.json").write_text(json.dumps(max(bests, key=lambda b: b[:2])[2]))
     return folder
 
 
