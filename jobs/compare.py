@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jobs.bootstrap import interval
 from jobs.measured import Cell, Grid, Run, read_grid, read_runs
 from jobs.noise import (
@@ -132,7 +135,7 @@ def compare(grid: Grid, resamples: int, val: str = "") -> Comparison:
                 cell,
                 cell.metrics,
                 spread=statistics.stdev(aps) if len(aps) > 1 else None,
-                interval=None if drawn is None else interval(drawn[:, 0], cell.metrics["AP"]),
+                interval=None if drawn is None else ap_interval(drawn[:, 0], cell.metrics["AP"]),
                 to_paper=to_paper(cell, row, spread) if row and same_data else None,
                 to_baseline=to_baseline(cell, other, samples, spread) if other else None,
                 paper_to_baseline=published_difference(row, base),
@@ -173,6 +176,12 @@ def paired(grid: Grid) -> list[tuple[str, Published | None, Cell | None]]:
             row_of = published(cell.published) if cell.published else None
             found.append((row_of.label if row_of else cell.name, row_of, cell))
     return found
+
+
+def ap_interval(drawn: NDArray[np.float64], measured: float) -> tuple[float, float]:
+    """Of APs, which are percent: moved to lie around what was measured, it may pass 0 or 100."""
+    low, high = interval(drawn, measured)
+    return max(low, 0.0), min(high, 100.0)
 
 
 def published_difference(row: Published | None, base: Cell | None) -> float | None:

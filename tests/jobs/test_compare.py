@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.charts import Line, Mark, Spot, bars, curves, log_ticks, spots, ticks
-from jobs.compare import compare, open_targets, report
+from jobs.compare import ap_interval, compare, open_targets, report
 from jobs.measured import read_grid, read_run, read_runs
 from jobs.noise import DETECTIONS
 from jobs.published import METRICS, published, tables
@@ -336,6 +336,12 @@ def test_detections_give_intervals_over_images_and_paired_differences(tmp_path, 
     assert worse.to_baseline.sources == ("images",)
     assert (worse.to_baseline.verdict, worse.ordering) == ("lower", "as in the paper")
     assert not [note for note in comparison.notes if "interval" in note]
+
+
+def test_the_interval_of_an_ap_is_a_percentage():
+    drawn = np.linspace(0.0, 4.0, 101)
+    assert ap_interval(drawn, 1.0) == (0.0, pytest.approx(2.9))
+    assert ap_interval(drawn, 99.5) == (pytest.approx(97.6), 100.0)
 
 
 def test_noise_of_images_and_of_seeds_adds_in_squares(tmp_path, evaluated, monkeypatch):
