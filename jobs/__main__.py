@@ -1,4 +1,4 @@
-"""`python -m jobs submit|demo|status|logs|stop`: training jobs on a Ray cluster."""
+"""`python -m jobs submit|demo|status|logs|stop|compare`: training jobs on a Ray cluster."""
 
 import re
 import signal
@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tyro.conf import Positional
 
 from jobs.cluster import local_cluster
 from jobs.demo import DemoOptions, demo
@@ -58,6 +60,19 @@ class JobOptions:
 class StatusOptions:
     address: str
     """Ray Jobs address, such as http://HOST:8265."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    targets: Positional[tuple[str, ...]] = ()
+    """A grid (its folder, or its name below outputs/grids), or run folders."""
+    output: Path | None = None
+    """Folder for compare.html, compare.md and compare.csv. Default: the grid's own folder;
+    outputs/comparison for run folders."""
+    val: str = ""
+    """Shard folder of the validation set, where it is not any more where the runs had it."""
+    resamples: int = 1000
+    """Resampled image sets of the bootstrap. 0: no intervals over images."""
 
 
 def run_submit(args: list[str]) -> None:
@@ -185,12 +200,26 @@ def run_demo(args: list[str]) -> None:
     demo(parse(DemoOptions, args, "python -m jobs demo", description))
 
 
+def run_compare(args: list[str]) -> None:
+    from jobs.compare import report
+
+    options = parse(
+        CompareOptions,
+        args,
+        "python -m jobs compare",
+        "Sets measured beside published numbers, and cells beside a baseline; says what is noise."
+        "\n\nExample: python -m jobs compare table2",
+    )
+    report(options.targets, options.output, options.val, options.resamples)
+
+
 COMMANDS = {
     "submit": Command(run_submit, "submit a recipe to a cluster, or run it on a local one"),
     "demo": Command(run_demo, "draw data, train on it and evaluate, all on this machine"),
     "status": Command(run_status, "the cluster's jobs"),
     "logs": Command(run_logs, "follow a job's log"),
     "stop": Command(run_stop, "stop a job"),
+    "compare": Command(run_compare, "a grid or runs beside the paper and each other, as a report"),
 }
 
 
