@@ -154,7 +154,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for this run."""
     micro = micro_batch_size(config, world)
     share = -(-config.optimizer.batch_size // world)
-    stage = config.engine.zero_stage
+    stage = config.engine.zero_stage if world > 1 else 0  # alone there is nothing to partition
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         # Of the ranks with the largest shares; each tells the engine where its own passes end.
@@ -191,6 +191,8 @@ def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: float) ->
         config=deepspeed_config(config, dist.get_world_size()),
         dist_init_required=False,
     )
+    # Alone it would still copy all gradients into buckets and back.
+    engine.enable_backward_allreduce = dist.get_world_size() > 1
     return engine
 
 
