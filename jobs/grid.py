@@ -1,6 +1,7 @@
 """What a grid is: named cells, each a recipe with changes, and the runs that they come to."""
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -156,16 +157,18 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         if name in NOT_CHANGED:
             hint = "use --seeds N" if name == "seed" else "make it the cell's base"
             raise UserError(f"{name} is no field that a cell changes: {hint}")
+        if name not in present:
+            raise UserError(f"got {name!r}: {nearest(name, present)}expected a field of RunConfig")
         option = f"--{name.replace('_', '-')}"
-        if isinstance(present.get(name), bool):
+        if isinstance(present[name], bool):
             arguments.append(option if truth(name, value) else no(option))
         elif isinstance(value, (list, tuple)):
             arguments += [option, *map(str, value)]
         elif isinstance(value, Mapping) or value is None:
             raise UserError(f"{name}: got {value!r}, expected one value or a list")
-        elif isinstance(value, bool) and name in present:
+        elif isinstance(value, bool):
             raise UserError(f"{name}: got {value}, expected a value like {present[name]!r}")
-        elif isinstance(present.get(name), tuple):
+        elif isinstance(present[name], tuple):
             arguments += [option, *str(value).split()]
         else:
             arguments.append(f"{option}={value}")
@@ -174,6 +177,11 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     except UserError as error:
         # It speaks of options; those are fields here, which YAML and Python write with "_".
         raise UserError(re.sub(r"--([\w.-]+)", spelled, str(error))) from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"did you mean {found[0]!r}? " if found else ""
 
 
 def no(option: str) -> str:

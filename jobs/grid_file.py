@@ -1,16 +1,14 @@
 """A grid of one's own: a YAML file with a baseline and axes, or a Python file with `grid()`."""
 
-import difflib
 import importlib.util
 import itertools
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from jobs.grid import Cell, Grid, changed, leaves, name_of
+from jobs.grid import Cell, Grid, changed, name_of, nearest
 from jobs.papers_grids import PAPERS_GRIDS
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
@@ -79,9 +77,6 @@ def from_yaml(path: Path) -> Grid:
     cells = [Cell("baseline", base, common)]
     axes = mapping(content, "axes")
     for name, values in axes.items():
-        if name not in leaves(baseline):
-            hint = nearest(name, leaves(baseline))
-            raise UserError(f"axes: got {name!r}, which is no field: {hint or '--help lists them'}")
         if not isinstance(values, list) or not values:
             raise UserError(f"axes: {name}: got {values!r}, expected a list of values")
     count = 1
@@ -128,8 +123,8 @@ class Strict(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
+        for i, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
+            if key in keys[:i]:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"got {key!r} twice, expected it once", key_node.start_mark
                 )
@@ -148,8 +143,3 @@ def changed_in(where: str, base: str, changes: dict[str, Any]) -> Any:
         return changed(recipe(base), changes)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"did you mean {found[0]!r}? " if found else ""

@@ -6,7 +6,7 @@ leaves nothing that the next one does not find.
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from jobs.grid import Entry
-from jobs.grid_state import DONE, FAILED, RUNNING, STOPPED, Code, Record, progress
+from jobs.grid_state import DONE, FAILED, RUNNING, STOPPED, Code, Record, progress, set_aside
 from jobs.resources import room
 from jobs.spec import JobSpec
 from jobs.submit import STOP_MARGIN, submit
@@ -57,13 +57,14 @@ class GridRunner:
         self.running: dict[str, tuple[Entry, str]] = {}  # by run: the entry and its job
         self.retried: dict[str, int] = {}
         self.evaluated: dict[str, float] = {}
+        self.anew: set[str] = set()
         self.silent_since = self.counted = 0.0
         self.places = 0
 
-    def run(self, todo: Sequence[Entry]) -> None:
+    def run(self, todo: Sequence[Entry], anew: Collection[str] = ()) -> None:
         """Returns when every run has ended, well or not: their records say how. Interrupted, it has
-        the jobs save and stop first."""
-        queue = list(todo)
+        the jobs save and stop first. `anew`: runs to be set aside before they are submitted."""
+        queue, self.anew = list(todo), set(anew)
         try:
             self.adopt(queue)
             while queue or self.running:
@@ -85,6 +86,12 @@ class GridRunner:
             folder = (job.metadata or {}).get("folder")
             for entry in [e for e in queue if str(self.folder / e.folder) == folder]:
                 if job.submission_id and not job.status.is_terminal():
+                    if entry.run in self.anew:
+                        raise UserError(
+                            f"job {job.submission_id} trains {folder} as it was before; stop it "
+                            f"first: python -m jobs stop --job {job.submission_id} --address "
+                            f"{self.submission.address}"
+                        )
                     queue.remove(entry)
                     self.running[entry.run] = (entry, job.submission_id)
                     self.say(f"{entry.run}: job {job.submission_id} trains it already")
@@ -124,6 +131,9 @@ class GridRunner:
         return min(max(1, self.places), self.submission.parallel or MOST_NODES)
 
     def start(self, entry: Entry) -> None:
+        if entry.run in self.anew:
+            self.anew.remove(entry.run)
+            self.say(f"{entry.run}: the old run is now {set_aside(self.folder, entry)}")
         spec = replace(
             self.submission.spec,
             config=entry.config.to_json(),
