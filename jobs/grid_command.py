@@ -23,6 +23,9 @@ from pipeline.cli import parse
 from pipeline.data.loader import micro_batch_size
 from pipeline.errors import UserError
 
+# Seconds that a cluster may not answer: one elsewhere may be restarted, or the network be away.
+PATIENCE, LOCAL_PATIENCE = 600.0, 60.0
+
 
 def run_grid(args: list[str]) -> None:
     prog = "python -m jobs grid"
@@ -122,7 +125,12 @@ def train(grid: Grid, folder: Path, wanted: list[Entry], options: GridOptions) -
                 experiment=called(grid, options),
             )
             submission = Submission(
-                address, called(grid, options), options.parallel, options.retries, spec
+                address,
+                called(grid, options),
+                options.parallel,
+                options.retries,
+                PATIENCE if options.address else LOCAL_PATIENCE,
+                spec,
             )
             anew = {run for run, how in found.items() if how.state == CHANGED}
             try:

@@ -22,7 +22,6 @@ from jobs.submit import STOP_MARGIN, submit
 from pipeline.errors import UserError
 
 POLL = 2.0  # seconds between two looks at the jobs
-PATIENCE = 300.0  # seconds that a cluster may not answer
 COUNT_EVERY = 30.0  # seconds between two looks at the nodes
 MOST_NODES = 10_000
 # Exit statuses of a job's driver.
@@ -38,6 +37,8 @@ class Submission:
     parallel: int
     """Most jobs at once; 0: as many as there is room for."""
     retries: int
+    patience: float
+    """Seconds that the cluster may not answer."""
     spec: JobSpec
     """Of any run: workers, grace, tracking and so on."""
 
@@ -72,7 +73,9 @@ class GridRunner:
                 if jobs is not None:
                     queue += self.collect(jobs)
                     while queue and len(self.running) < self.room(queue[0]):
-                        self.start(queue.pop(0))
+                        if not self.start(queue[0]):
+                            break
+                        queue.pop(0)
                 self.tell_epochs()
                 if queue or self.running:
                     time.sleep(POLL)
@@ -111,9 +114,10 @@ class GridRunner:
         if not self.silent_since:
             self.silent_since = now
             self.say(f"the cluster does not answer ({first_line(error)}); asking again")
-        if now - self.silent_since > PATIENCE:
+        if now - self.silent_since > self.submission.patience:
             raise UserError(
-                f"the cluster at {self.submission.address} did not answer for {PATIENCE:.0f} s "
+                f"the cluster at {self.submission.address} did not answer for "
+                f"{self.submission.patience:.0f} s "
                 f"({first_line(error)}); the same command goes on once it does"
             )
 
@@ -130,7 +134,8 @@ class GridRunner:
             self.counted = now
         return min(max(1, self.places), self.submission.parallel or MOST_NODES)
 
-    def start(self, entry: Entry) -> None:
+    def start(self, entry: Entry) -> bool:
+        """Submits the run; False where the cluster does not answer."""
         if entry.run in self.anew:
             self.anew.remove(entry.run)
             self.say(f"{entry.run}: the old run is now {set_aside(self.folder, entry)}")
@@ -153,12 +158,16 @@ class GridRunner:
         record.write(self.folder, entry.run)
         try:
             job = submit(self.client, spec, name)
-        except (OSError, RuntimeError, UserError) as error:
+        except OSError as error:  # requests' errors are OSErrors
+            self.unanswered(error)
+            return False
+        except (RuntimeError, UserError) as error:
             self.ended(entry, FAILED, f"not submitted: {first_line(error)}")
-            return
+            return True
         replace(record, job=job).write(self.folder, entry.run)
         self.running[entry.run] = (entry, job)
         self.say(f"{entry.run}: submitted as {job}, attempt {record.attempts}")
+        return True
 
     def collect(self, jobs: dict[str, Any]) -> list[Entry]:
         """Takes note of the jobs that have ended; returns the runs to be tried again."""
