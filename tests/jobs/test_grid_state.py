@@ -195,7 +195,7 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setattr(grid_run, "POLL", 0.0)
 
     def make(
-        *names: str, places: int = 9, retries: int = 1, parallel: int = 0, patience=60.0, **script
+        *names: str, places: int = 9, retries: int = 1, parallel=0, patience=9.0, **script
     ):
         monkeypatch.setattr(grid_run, "places", lambda *_: places)
         found = grid_of(*names)
