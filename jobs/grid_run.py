@@ -54,7 +54,6 @@ class GridRunner:
         say: Callable[[str], None],
     ) -> None:
         self.client, self.folder, self.submission, self.say = client, folder, submission, say
-        self.code = Code.present()
         self.running: dict[str, tuple[Entry, str]] = {}  # by run: the entry and its job
         self.retried: dict[str, int] = {}
         self.evaluated: dict[str, float] = {}
@@ -139,11 +138,12 @@ class GridRunner:
         if entry.run in self.anew:
             self.anew.remove(entry.run)
             self.say(f"{entry.run}: the old run is now {set_aside(self.folder, entry)}")
+        code = Code.present()  # each time: a job takes the checkout along as it is now
         spec = replace(
             self.submission.spec,
             config=entry.config.to_json(),
             folder=str(self.folder / entry.folder),
-            code=self.code.commit,
+            code=code.commit,
         )
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.submission.grid}-{entry.run}")
         record = Record.read(self.folder, entry.run)
@@ -152,7 +152,7 @@ class GridRunner:
             attempts=record.attempts + 1,
             outcome=RUNNING,
             error="",
-            code={**record.code, self.code.digest: self.code.commit},
+            code={**record.code, code.digest: code.commit},
         )
         # Before it is submitted: a command that dies in between leaves an attempt too many.
         record.write(self.folder, entry.run)
@@ -242,8 +242,11 @@ class GridRunner:
         if not self.running:
             return
         self.say(f"saving {len(self.running)} runs; interrupt once more to end at once")
-        for _, job in self.running.values():
-            self.client.stop_job(job)
+        for entry, job in self.running.values():
+            try:
+                self.client.stop_job(job)
+            except (OSError, RuntimeError) as error:
+                self.say(f"{entry.run}: not told to stop ({first_line(error)})")
         deadline = time.monotonic() + self.submission.spec.grace + STOP_MARGIN
         while self.running and time.monotonic() < deadline:
             jobs = self.jobs() or {}

@@ -61,7 +61,12 @@ class Record:
         path = grid / "records" / f"{run}.json"
         if not path.exists():
             return Record()
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return Record(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); without it attempts are counted anew: remove it"
+            ) from None
 
     def write(self, grid: Path, run: str) -> None:
         write_json(grid / "records" / f"{run}.json", asdict(self))
@@ -129,7 +134,7 @@ def look(
     if not path.exists():
         state, why = (FAILED, record.error) if record.outcome == FAILED else (MISSING, "")
         return Found(state, why, found, record)
-    why = what_changed(json.loads(path.read_text(encoding="utf-8")), entry.config, data)
+    why = what_changed(path.read_text(encoding="utf-8"), entry.config, data)
     other = ", ".join(c[:12] for digest, c in record.code.items() if digest != code.digest)
     if why:
         state = CHANGED
@@ -144,18 +149,20 @@ def look(
     return Found(state, why, found, record)
 
 
-def what_changed(before: dict[str, Any], config: RunConfig, data: dict[str, str]) -> str:
+def what_changed(text: str, config: RunConfig, data: dict[str, str]) -> str:
     """How a run's config.json differs from what is asked for: "schedule.epochs 6 -> 12"."""
     try:
+        before = json.loads(text)
         old = identity(RunConfig.from_json(json.dumps(before["config"])))
-    except (KeyError, ValueError) as error:
-        return f"its config.json is of another version ({error})"
+        digests = {split: before[f"{split}_digest"] for split in data}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"its config.json is damaged or of another version ({error})"
     new = identity(config)
     said = [f"{name} {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
     said += [
         f"data.{split} has other content"
         for split, digest in data.items()
-        if before[f"{split}_digest"] != digest
+        if digests[split] != digest
     ]
     return ", ".join(said)
 

@@ -82,13 +82,31 @@ def test_another_config_or_other_data_is_a_change(epochs, tmp_path):
         engine=replace(config.engine, log_every=7),
     )
     assert look(tmp_path, replace(entry, config=moved), DATA, CODE).state in (RESUME, DONE)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"config": 3}', "future", "no digest"])
+def test_a_run_whose_config_cannot_be_read_is_changed(damage, tmp_path):
+    (entry,) = grid_of("a")
+    pretend(tmp_path / entry.folder, entry.config, EPOCHS)
     path = tmp_path / entry.folder / "config.json"
     before = json.loads(path.read_text())
-    before["config"]["model"]["of_the_future"] = 1
-    path.write_text(json.dumps(before))
+    if damage == "future":
+        before["config"]["model"]["of_the_future"] = 1
+    if damage == "no digest":
+        del before["train_digest"]
+    made = damage in ("future", "no digest")
+    path.write_text(json.dumps(before) if made else damage)
     found = look(tmp_path, entry, DATA, CODE)
     assert found.state == CHANGED
-    assert "another version" in found.why
+    assert "damaged or of another version" in found.why
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "records").mkdir()
+    for text in ("{", '{"attempt": 1}', "[]"):
+        (tmp_path / "records" / "a-seed42.json").write_text(text)
+        with pytest.raises(UserError, match=r"a-seed42\.json cannot be read"):
+            Record.read(tmp_path, "a-seed42")
 
 
 def test_other_code_is_told_and_trained_anew_only_when_asked(tmp_path):
@@ -194,9 +212,7 @@ def cluster(tmp_path, monkeypatch):
     """`cluster(names, places=…, retries=…, **script)`: entries, client, runner and what it said."""
     monkeypatch.setattr(grid_run, "POLL", 0.0)
 
-    def make(
-        *names: str, places: int = 9, retries: int = 1, parallel=0, patience=9.0, **script
-    ):
+    def make(*names: str, places: int = 9, retries: int = 1, parallel=0, patience=9.0, **script):
         monkeypatch.setattr(grid_run, "places", lambda *_: places)
         found = grid_of(*names)
         client = ScriptedCluster(found, tmp_path, **script)
