@@ -110,15 +110,21 @@ def entries(
             raise UserError(f"grid {grid.name}, cell {cell.name}: {error}") from None
     baseline = configs[grid.baseline or grid.cells[0].name]
     found: list[Entry] = []
+    first: dict[RunConfig, Entry] = {}
     for extra in range(seeds):
         for cell in grid.cells:
             config = configs[cell.name]
             config = replace(config, seed=config.seed + extra)
-            same = [e for e in found if replace(e.config, recipe=config.recipe) == config]
-            folder = same[0].folder if same else f"runs/{cell.name}-seed{config.seed}"
-            config = same[0].config if same else config
-            differs = differences(baseline, config)
-            found.append(Entry(cell.name, config.seed, config, folder, cell.published, differs))
+            own = Entry(
+                cell=cell.name,
+                seed=config.seed,
+                config=config,
+                folder=f"runs/{cell.name}-seed{config.seed}",
+                published=cell.published,
+                differences=differences(baseline, config),
+            )
+            same = first.setdefault(replace(config, recipe=""), own)
+            found.append(replace(own, config=same.config, folder=same.folder))
     return found
 
 
