@@ -65,7 +65,7 @@ def test_an_interrupted_grid_goes_on_with_what_is_not_done(drawn, tmp_path):
     assert first.wait(150) == 130, log.read_text()
     said = log.read_text()
     assert states(out) == {"short": ("done", 1), "late": ("failed", 1), "long": ("stopped", 1)}
-    assert f"late-seed42: failed: '{late}' does not exist" in said
+    assert f"late-seed42: failed: shard folder '{late}' does not exist" in said
     assert "will be tried again" not in said  # a user's mistake comes again
     assert "Traceback" not in said
     assert f"'{late}'" in (out / "logs/tiny-late-seed42-0.log").read_text()
