@@ -83,7 +83,6 @@ class Group:
                     return False
                 if permanent or not restarts.allowed():
                     raise cause from error
-                release()
                 print(f"{in_a_line(cause)}; {restarts}; restarting", flush=True)
             else:
                 if reason in (FINISHED, ASKED):
@@ -92,6 +91,7 @@ class Group:
 
     def attempt(self) -> str:
         """One worker group, from its start to its end. Returns why it ended."""
+        release()
         outcome: Future[str] = Future()
         # Not in the main thread, which takes signals.
         threading.Thread(target=self.fulfil, args=(outcome,), daemon=True).start()

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
-from ray._raylet import PlacementGroupID
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -57,10 +56,10 @@ def placement_groups(*states: str) -> list[str]:
 
 
 def release() -> None:
-    """Frees what an attempt holds whose controller was killed: its workers are gone, but Ray would
-    keep their place until the job ends."""
+    """Gives back what an earlier worker group of this job still has. Where its controller was
+    killed, Ray Train's own cleaner (2.60) does not, and the next group waits for it in vain."""
     for group in placement_groups("CREATED", "PENDING", "RESCHEDULING"):
-        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 class Waiting:

@@ -189,7 +189,9 @@ class Forwarder(threading.Thread):
         return str(error).replace(self.uri, shown(self.uri))
 
     def remember(self) -> None:
-        aside = self.state_path.with_suffix(".tmp")
+        # Where a run that has not begun may have files of its launcher.
+        aside = self.folder / "ray" / self.state_path.name
+        aside.parent.mkdir(exist_ok=True)
         aside.write_text(json.dumps(self.state), encoding="utf-8")
         os.replace(aside, self.state_path)
 

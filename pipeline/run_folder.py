@@ -111,6 +111,12 @@ def write_evaluation(folder: Path, step: int, epoch: int, evaluation: Evaluation
     _write_json(path, content)
 
 
+def write_detections(folder: Path, evaluation: Evaluation) -> None:
+    """Writes evaluations/best-detections.json, a COCO result file, for comparisons of runs."""
+    (folder / "evaluations").mkdir(exist_ok=True)
+    _write_json(folder / "evaluations" / "best-detections.json", evaluation.detections, None)
+
+
 def publish_best(folder: Path, progress: Progress) -> None:
     """Writes best.json: the name of the best checkpoint so far and its evaluation."""
     if progress.best_step < 0:
@@ -137,7 +143,7 @@ def _evaluation_path(folder: Path, step: int) -> Path:
     return folder / "evaluations" / f"step-{step:08d}.json"
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    aside.write_text(json.dumps(content, indent=indent), encoding="utf-8")
     os.replace(aside, path)

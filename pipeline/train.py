@@ -21,7 +21,7 @@ from pipeline.engine import naming_timeouts
 from pipeline.errors import Stopped
 from pipeline.evaluate import detect, gather, summarize
 from pipeline.run import Run, resume, started
-from pipeline.run_folder import write_evaluation
+from pipeline.run_folder import write_detections, write_evaluation
 from pipeline.step import Clock, summed, take_step
 from pipeline.visualize import draw_predictions
 
@@ -146,6 +146,7 @@ def evaluate_epoch(run: Run, progress: Progress, epoch: int) -> Progress:
         evaluation = summarize(run.truth, detections)
         if evaluation.summary["AP"] > progress.best_ap or progress.best_step < 0:
             best = [evaluation.summary["AP"], progress.step]
+            write_detections(run.folder, evaluation)
         write_evaluation(run.folder, progress.step, epoch, evaluation)
         classes = {f"AP/{name}": value for name, value in evaluation.per_class.items()}
         run.log.write("evaluation", progress.step, float(epoch), **evaluation.summary, **classes)

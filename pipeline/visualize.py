@@ -1,6 +1,7 @@
 """Predictions drawn beside the ground truth."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +22,6 @@ COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#c
 TILE = 360  # pixels, longest side of one drawn image
 
 
-@torch.no_grad()
 def draw_predictions(
     model: nn.Module,
     shards: ShardSet,
@@ -32,11 +32,26 @@ def draw_predictions(
     count: int = 6,
     threshold: float = 0.3,
 ) -> None:
-    """Saves one picture of `count` images, spread over the set: on the left of each pair the ground
-    truth, on the right the predictions that score `threshold` or more."""
-    model.eval()
+    """`draw_images` of `count` images, spread over the set."""
     count = min(count, len(shards))
     indices = [i * len(shards) // count for i in range(count)]
+    draw_images(model, shards, labels, config, device, path, indices, threshold)
+
+
+@torch.no_grad()
+def draw_images(
+    model: nn.Module,
+    shards: ShardSet,
+    labels: Labels,
+    config: RunConfig,
+    device: torch.device,
+    path: Path,
+    indices: Sequence[int],
+    threshold: float,
+) -> None:
+    """Saves one picture of the images at `indices`: on the left of each pair the ground truth, on
+    the right the predictions that score `threshold` or more."""
+    model.eval()
     tiles = []
     for index in indices:
         sample = shards.read(index)
@@ -57,7 +72,7 @@ def draw_predictions(
         tiles.append(_draw(sample, _truth(sample, labels), "ground truth"))
         title = f"score >= {threshold:g}" if predicted else f"none scores {threshold:g}"
         tiles.append(_draw(sample, predicted[::-1], title))  # the best drawn last
-    _sheet(tiles, columns=4 if count > 1 else 2).save(path)
+    _sheet(tiles, columns=4 if len(indices) > 1 else 2).save(path)
 
 
 def _truth(sample: Sample, labels: Labels) -> list[tuple[list[float], int, str]]:
@@ -78,13 +93,17 @@ def _draw(sample: Sample, boxes: list[tuple[list[float], int, str]], title: str)
     pen = ImageDraw.Draw(image)
     # Pillow's own font has no letters beyond ASCII.
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 12)
-    for box, column, text in boxes:
-        colour = COLOURS[column % len(COLOURS)]
+    for box, column, _ in boxes:
         x0, y0, x1, y1 = (v * scale for v in box)
-        pen.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=colour, width=2)
-        left, top, right, bottom = pen.textbbox((x0, max(0, y0 - 15)), text, font=font)
-        pen.rectangle([left, top, right + 2, bottom + 1], fill=colour)
-        pen.text((x0, max(0, y0 - 15)), text, fill="black", font=font)
+        pen.rectangle(
+            [x0, y0, max(x0, x1), max(y0, y1)], outline=COLOURS[column % len(COLOURS)], width=2
+        )
+    for box, column, text in boxes:  # over all lines, to be read
+        x0, y0 = box[0] * scale, box[1] * scale
+        at = (min(max(0, x0), image.width - pen.textlength(text, font) - 3), max(0, y0 - 15))
+        left, top, right, bottom = pen.textbbox(at, text, font=font)
+        pen.rectangle([left, top, right + 2, bottom + 1], fill=COLOURS[column % len(COLOURS)])
+        pen.text(at, text, fill="black", font=font)
     tile = Image.new("RGB", (TILE, TILE + 20), "white")
     tile.paste(image, (0, 20))
     name = f"{title}: {sample.image.get('file_name')}"

@@ -11,13 +11,13 @@ from tests.jobs.nodes import ROOT, Run, options
 
 @pytest.fixture(scope="session")
 def reference(drawn, tmp_path_factory):
-    """`reference(workers, epochs)`: the run that nothing interrupted, by torchrun."""
-    made: dict[tuple[int, int], Run] = {}
+    """`reference(workers, epochs, …)`: the run that nothing interrupted, by torchrun."""
+    made: dict[tuple, Run] = {}
 
-    def run(workers: int, epochs: int) -> Run:
-        if (workers, epochs) not in made:
+    def run(workers: int, epochs: int, *more: object) -> Run:
+        if (workers, epochs, more) not in made:
             folder = tmp_path_factory.mktemp("reference") / "run"
-            given = [str(x) for x in options(drawn, folder, epochs)[1:]]
+            given = [str(x) for x in options(drawn, folder, epochs, *more)[1:]]
             done = subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers),
                  "-m", "pipeline", "train", *given, "--engine.device", "cpu"],
@@ -25,7 +25,7 @@ def reference(drawn, tmp_path_factory):
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             assert done.returncode == 0, done.stdout + done.stderr
-            made[workers, epochs] = Run(folder)
-        return made[workers, epochs]
+            made[workers, epochs, more] = Run(folder)
+        return made[workers, epochs, more]
 
     return run

@@ -13,7 +13,7 @@ from tests.jobs.nodes import Cluster, Run, assert_same, options, report, send
 
 EPOCHS = 10
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
@@ -118,10 +118,12 @@ def test_a_node_that_drains_loses_no_step(run, command, reference):
 
 
 @pytest.mark.chaos
-def test_an_elastic_run_shrinks_and_grows(run, command, reference):
-    elastic = ("--min-workers", 1, "--resize-interval", 5, "--schedule.epochs", 24)
+def test_an_elastic_run_shrinks_and_grows(drawn, run, reference):
+    # Images by themselves and no dropout: then the number of workers changes rounding alone.
+    alone = ("--engine.micro-batch", 1, "--model.dropout", 0, "--engine.checkpoint-steps", 2)
+    elastic = ("--workers", 2, "--min-workers", 1, "--resize-interval", 5)
     with Cluster(nodes=2) as cluster:
-        job = cluster.jobs(*command, *elastic)
+        job = cluster.jobs(*options(drawn, run.folder, 24, *alone, *elastic))
         cluster.wait(run.reached(4), job)
         since = time.time()
         cluster.kill_node(cluster.node_of(cluster.processes("RayTrainWorker")[0]))
@@ -132,13 +134,14 @@ def test_an_elastic_run_shrinks_and_grows(run, command, reference):
         cluster.add_node()
         report("node added, elastic", cluster.wait(run.went_on(since), job))
         assert run.worlds()[-1] == 2
-        assert run.lines("event")[-1]["step"] > 0
         stopped = [x["step"] for x in run.lines("event") if x["event"] == "stopped"]
-        assert stopped[-1] in [x["step"] for x in run.lines("event") if x["event"] == "start"]
-        assert job.wait(240) == 0, job.log.read_text()
-    unhurt = reference(2, 24).lines("train")
-    lines = run.lines("train")
-    assert [x["step"] for x in lines] == [x["step"] for x in unhurt]
-    assert [x["lr"] for x in lines] == [x["lr"] for x in unhurt]
-    for got, expected in zip(lines[:20], unhurt[:20], strict=True):
-        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-3), got["step"]
+        started = [x["step"] for x in run.lines("event") if x["event"] == "start"]
+        assert stopped == started[-1:]  # to grow costs no step
+        assert job.wait(400) == 0, job.log.read_text()
+    lines, unhurt = run.lines("train"), reference(2, 24, *alone).lines("train")
+    for name in ("step", "lr"):
+        assert [x[name] for x in lines] == [x[name] for x in unhurt]
+    # The same batches, while rounding has not yet grown.
+    assert [x["loss"] for x in lines[:10]] == pytest.approx(
+        [x["loss"] for x in unhurt[:10]], rel=2e-3
+    )

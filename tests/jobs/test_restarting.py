@@ -59,10 +59,10 @@ class Drivers:
     def __init__(self, *commands: str) -> None:
         self.left, self.keys = list(commands), {}
 
-    def Popen(self, command: list[str], env: dict[str, str]) -> subprocess.Popen:
+    def Popen(self, command: list[str], env: dict[str, str], preexec_fn) -> subprocess.Popen:
         assert command == [sys.executable, "-m", "jobs.driver"]
         assert env[JOB_VARIABLE] == self.keys.setdefault("job", env[JOB_VARIABLE])
-        return subprocess.Popen(["sh", "-c", self.left.pop(0)])
+        return subprocess.Popen(["sh", "-c", self.left.pop(0)], preexec_fn=preexec_fn)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """Trainings that are killed, asked to stop, or started twice: nothing is lost, nothing differs."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -61,7 +59,9 @@ def test_the_latest_the_best_and_a_period_of_epochs_are_kept(whole):
 @pytest.mark.slow
 def test_killed_then_asked_to_stop_it_ends_as_if_undisturbed(drawn, whole, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    arguments = command(drawn, "demo", folder, *OPTIONS, ranks=2)
+    # Checkpoints as often as can be: they change nothing.
+    often = ["--engine.checkpoint-minutes", 1e-6]
+    arguments = command(drawn, "demo", folder, *OPTIONS, *often, ranks=2)
     kill_once(lambda: checkpoint_steps(folder), arguments, log)
     before = checkpoint_steps(folder)[-1]
 
@@ -82,11 +82,13 @@ def test_killed_then_asked_to_stop_it_ends_as_if_undisturbed(drawn, whole, tmp_p
 
     run(arguments)
     assert len(events(folder, "start")) == 4
+    assert checkpoint_steps(folder)[-2:] == [19, 20]
     require_same_ends(folder, whole)
 
 
 IN_EVALUATION = """
 import os, signal, sys
+import psutil
 import pipeline.train as trainer
 from pipeline.__main__ import COMMANDS
 from pipeline.cli import main
@@ -96,7 +98,9 @@ detect = trainer.detect
 def stopped(*given):
     if not os.path.exists(sys.argv[-1]):
         open(sys.argv[-1], "w").close()
-        os.kill(os.getpid(), signal.SIGTERM)
+        # As schedulers do, to the processes of the loader, too.
+        for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
+            process.send_signal(signal.SIGTERM)
     return detect(*given)
 
 trainer.detect = stopped
@@ -117,27 +121,13 @@ def test_asked_to_stop_in_an_evaluation_it_evaluates_after_the_next_start(drawn,
     script, done = tmp_path / "script.py", tmp_path / "done"
     script.write_text(IN_EVALUATION)
     folder = tmp_path / "run"
-    arguments = [*command(drawn, "demo", folder, *ALONE, script=str(script)), str(done)]
+    workers = ["--engine.loader-workers", 2]
+    arguments = [*command(drawn, "demo", folder, *ALONE, *workers, script=str(script)), str(done)]
     first = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert first.returncode == 128 + signal.SIGTERM
     assert first.stderr == ""
     assert checkpoint_steps(folder) == [5]
     assert not (folder / "evaluations").exists()
-    run(arguments)
-    require_same_ends(folder, plain)
-
-
-@pytest.mark.slow
-def test_a_scheduler_tells_the_loaders_processes_too(drawn, plain, tmp_path):
-    folder, log = tmp_path / "run", tmp_path / "log"
-    arguments = command(drawn, "demo", folder, *ALONE, "--engine.loader-workers", 2)
-    process = start(arguments, log)
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and metrics(folder), process, log)
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) >= 2
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM, log.read_text()[-3000:]
-    assert not psutil.wait_procs(family, timeout=10)[1]
     run(arguments)
     require_same_ends(folder, plain)
 
@@ -239,16 +229,7 @@ def test_a_process_that_hangs_ends_the_run_in_time_and_is_named(drawn, tmp_path)
     began = time.monotonic()
     done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert time.monotonic() - began < 90
+    assert time.monotonic() - began < 250  # it would hang for 600
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, done.stderr[-3000:]
     assert "rank 0: waited 15 s (engine.collective_timeout) for another process in vain" in said[0]
-
-
-@pytest.mark.slow
-def test_checkpoints_by_the_clock_change_nothing(drawn, whole, tmp_path):
-    folder = tmp_path / "run"
-    often = ["--engine.checkpoint-minutes", 1e-6, "--engine.keep-checkpoints", 50]
-    run(command(drawn, "demo", folder, *OPTIONS, *often, ranks=2))
-    assert checkpoint_steps(folder) == list(range(1, 21))
-    require_same_ends(folder, whole)

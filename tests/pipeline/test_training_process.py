@@ -101,6 +101,8 @@ def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(
     assert json.loads((tmp_path / "results.json").read_text())[0].keys() == {
         "image_id", "category_id", "bbox", "score",
     }  # fmt: skip
+    of_the_run = json.loads((folder / "evaluations" / "best-detections.json").read_text())
+    assert of_the_run == json.loads((tmp_path / "results.json").read_text())
     drawn_again = run_command("pipeline", "predict", "--checkpoint", folder, "--data",
                               drawn.shards / "val", "--output", tmp_path / "p.png")  # fmt: skip
     assert drawn_again.returncode == 0, drawn_again.stderr

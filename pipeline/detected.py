@@ -1,0 +1,46 @@
+"""The objects that a detector of queries found in one image, to draw figures of."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from model.boxes import cxcywh_to_xyxy
+from model.precision import full_precision
+
+
+@dataclass(frozen=True)
+class Detected:
+    query: int
+    column: int
+    """Of the classes."""
+    score: float
+    box: tuple[float, float, float, float]
+    """(x0, y0, x1, y1) as fractions of the image's width and height."""
+
+
+def class_scores(outputs: dict[str, Any]) -> Tensor:
+    """Probabilities [N, Q, classes] of a model's outputs, without a column for no object."""
+    logits = full_precision(outputs["pred_logits"])
+    if outputs.get("classification") == "softmax":
+        return logits.softmax(-1)[..., :-1]
+    return logits.sigmoid()
+
+
+@torch.no_grad()
+def best_objects(outputs: dict[str, Any], threshold: float, most: int) -> list[Detected]:
+    """The at most `most` best of the first image that score `threshold` or more, best first.
+
+    A query counts with its best class. Of boxes that overlap by an IoU above 0.5 the best alone is
+    taken: further ones would be figures of the same object.
+    """
+    scores, columns = class_scores(outputs)[0].max(-1)
+    boxes = cxcywh_to_xyxy(full_precision(outputs["pred_boxes"][0]))
+    kept = nms(boxes, scores, 0.5)
+    kept = kept[scores[kept] >= threshold][:most]
+    return [
+        Detected(query, int(columns[query]), float(scores[query]), tuple(boxes[query].tolist()))
+        for query in kept.tolist()
+    ]
