@@ -153,8 +153,8 @@ def report(planned: Sequence[Planned], workers: int, parallel: int, price: float
     for what, each in (("in the mean", hours), ("at most", ceiling)):
         lines.append(
             f"{what}: {sum(each) * workers:.2f} {unit}, cost {sum(each) * workers * price:.2f}, "
-            f"finished after {finish(each, parallel):.2f} hours with {parallel} runs at a time of "
-            f"{workers} workers each"
+            f"finished after {finish(each, parallel):.2f} hours; runs at a time: {parallel}, "
+            f"workers of each: {workers}"
         )
     if len(good) < len(planned):
         lines.append(f"not measured, and in no sum: {len(planned) - len(good)} runs")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.__main__ import run_status
 from jobs.grid import Cell, Grid, changed, differences, entries, leaves, name_of, runs
 from jobs.grid_command import run_grid
 from jobs.grid_file import find_grid
@@ -359,3 +360,16 @@ def test_a_dry_run_names_each_cell_with_its_differences_and_writes_nothing(tmp_p
     assert any(re.match(r"neck=fpn +42 +train +model.neck plain -> fpn$", x) for x in said)
     assert any(re.match(r"baseline +43 +train +-$", x) for x in said)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected either --address http://HOST:8265 or --grid FOLDER"),
+        (["--grid", "x", "--address", "http://x"], "expected either --address"),
+        (["--grid", "/none"], "/none is no grid's folder: it has no grid.json"),
+    ],
+)
+def test_status_of_nothing_is_one_clear_line(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_status(arguments)
