@@ -8,6 +8,7 @@ from typing import Literal
 from jobs.demo import DemoOptions
 from jobs.grid import Grid, changed
 from jobs.tracking import shown
+from model.config import TINY
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.recipes import DEMO_SCALE
@@ -116,11 +117,15 @@ def common(options: GridOptions) -> Callable[[RunConfig], RunConfig]:
     def of(config: RunConfig) -> RunConfig:
         own = config.data
         given = replace(
-            own, train=own.train or data.train, val=own.val or data.val,
-            cache_dir=own.cache_dir or data.cache_dir, cache_gb=data.cache_gb,
-        )  # fmt: skip
+            own,
+            train=located(own.train or data.train),
+            val=located(own.val or data.val),
+            cache_dir=own.cache_dir or data.cache_dir,
+            cache_gb=data.cache_gb,
+        )
         config = replace(config, data=given)
-        if options.backbones and options.scale == "full" and not config.init.weights:
+        needs_none = config.model.backbone in TINY or config.init.weights
+        if options.backbones and not needs_none:
             file = options.backbones / f"{config.model.backbone.removesuffix('_dcn')}.pth"
             if not options.address and not file.is_file():
                 raise UserError(f"backbones: {file} does not exist, expected torchvision's weights")
@@ -128,3 +133,8 @@ def common(options: GridOptions) -> Callable[[RunConfig], RunConfig]:
         return changed(config, dict(options.set))
 
     return of
+
+
+def located(shards: str) -> str:
+    """A path from the root, for a job runs in another folder; a URL as it is."""
+    return shards if not shards or "://" in shards else str(Path(shards).resolve())

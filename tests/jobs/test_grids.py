@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from jobs.__main__ import run_status
 from jobs.grid import Cell, Grid, changed, differences, entries, leaves, name_of, runs
 from jobs.grid_command import run_grid
 from jobs.grid_file import find_grid
+from jobs.grid_options import GridData, GridOptions, common
 from jobs.papers_grids import PAPERS_GRIDS, figure3, table1, table2, table3
 from model.detr import build_model
 from pipeline.config import RunConfig
@@ -351,6 +353,32 @@ def test_a_folder_of_another_grid_is_refused(tmp_path):
     (tmp_path / "grid.json").write_text(json.dumps({"name": "table1", "cells": []}))
     with pytest.raises(UserError, match="has the grid 'table1', expected 'table2'"):
         run_grid(["table2", "--dry-run", "--output", str(tmp_path)])
+
+
+def test_every_cell_gets_the_data_and_its_backbones_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    for name in ("resnet50", "resnet101", "resnext101_64x4d"):
+        (tmp_path / "weights" / f"{name}.pth").touch()
+    given = GridOptions(
+        data=GridData("shards/train", "s3://bucket/val"),
+        backbones=Path("weights"),
+        set=(("schedule.epochs", "12"), ("data.labels", "contiguous")),
+    )
+    found = entries(table3(), False, 1, common(given))
+    assert {e.config.data.train for e in found} == {str(tmp_path / "shards/train")}
+    assert {e.config.data.val for e in found} == {"s3://bucket/val"}
+    assert {(e.config.schedule.epochs, e.config.data.labels) for e in found} == {(12, "contiguous")}
+    assert [Path(e.config.init.backbone).name for e in found] == [
+        "resnet50.pth", "resnet101.pth", "resnext101_64x4d.pth", "resnext101_64x4d.pth",
+    ]  # fmt: skip
+    own = Grid("own", (Cell("a", "demo", {"data.train": "/mine"}),))
+    (entry,) = entries(own, False, 1, common(given))
+    assert (entry.config.data.train, entry.config.data.val) == ("/mine", "s3://bucket/val")
+    small = replace(given, scale="demo", data=GridData(), set=())
+    (entry, *_) = entries(table3(), True, 1, common(small))
+    assert entry.config.init.backbone == ""
+    assert entry.config.data.train == str(tmp_path / "outputs/demo/shards-3000-200/train")
 
 
 def test_a_dry_run_names_each_cell_with_its_differences_and_writes_nothing(tmp_path, capsys):
