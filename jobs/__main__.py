@@ -1,4 +1,4 @@
-"""`python -m jobs submit|demo|status|logs|stop|compare`: training jobs on a Ray cluster."""
+"""`python -m jobs submit|grid|compare|demo|status|logs|stop`: training jobs on a Ray cluster."""
 
 import re
 import signal
@@ -12,6 +12,8 @@ from tyro.conf import Positional
 
 from jobs.cluster import local_cluster
 from jobs.demo import DemoOptions, demo
+from jobs.grid_command import run_grid
+from jobs.grid_status import status
 from jobs.spec import JobSpec, code_version
 from jobs.submit import connect, follow, stop, submit
 from jobs.tracking import shown
@@ -58,8 +60,12 @@ class JobOptions:
 
 @dataclass(frozen=True)
 class StatusOptions:
-    address: str
+    address: str = ""
     """Ray Jobs address, such as http://HOST:8265."""
+    grid: Path | None = None
+    """Folder of a grid, whose cells are listed in place of a cluster's jobs."""
+    watch: bool = False
+    """Of a grid: show it anew as long as something runs."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,15 @@ def run_status(args: list[str]) -> None:
         StatusOptions,
         args,
         "python -m jobs status",
-        "Lists the cluster's jobs.\n\nExample: python -m jobs status --address http://head:8265",
+        "Lists the cluster's jobs, or a grid's cells.\n\n"
+        "Example: python -m jobs status --address http://head:8265\n"
+        "         python -m jobs status --grid outputs/grids/table2 --watch",
     )
+    if (options.grid is None) == (not options.address):
+        raise UserError("expected either --address http://HOST:8265 or --grid FOLDER")
+    if options.grid:
+        status(options.grid, options.watch)
+        return
     jobs = [j for j in connect(options.address).list_jobs() if j.submission_id]
     print(f"{'job':<32}{'status':<12}{'recipe':<36}run folder")
     for job in sorted(jobs, key=lambda j: j.start_time or 0):
@@ -215,8 +228,9 @@ def run_compare(args: list[str]) -> None:
 
 COMMANDS = {
     "submit": Command(run_submit, "submit a recipe to a cluster, or run it on a local one"),
+    "grid": Command(run_grid, "train a grid of experiments: the paper's tables or your own"),
     "demo": Command(run_demo, "draw data, train on it and evaluate, all on this machine"),
-    "status": Command(run_status, "the cluster's jobs"),
+    "status": Command(run_status, "the cluster's jobs, or a grid's cells"),
     "logs": Command(run_logs, "follow a job's log"),
     "stop": Command(run_stop, "stop a job"),
     "compare": Command(run_compare, "a grid or runs beside the paper and each other, as a report"),

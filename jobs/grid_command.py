@@ -1,0 +1,179 @@
+"""`python -m jobs grid`: options, what would be done, and the grid's end."""
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from jobs.cluster import local_cluster
+from jobs.demo import DemoOptions, prepare
+from jobs.grid import Entry, Grid, entries, runs
+from jobs.grid_dry_run import action, dry_run, looked
+from jobs.grid_file import find_grid
+from jobs.grid_options import DEMO_DATA, GridOptions, called, check, common
+from jobs.grid_state import CHANGED, DONE, RESUME, Code, look, read_grid, write_json
+from jobs.grid_status import rows, text
+from jobs.papers_grids import PAPERS_GRIDS
+from jobs.spec import JobSpec
+from jobs.submit import connect
+from pipeline.cli import parse
+from pipeline.data.loader import micro_batch_size
+from pipeline.errors import UserError
+
+# Seconds that a cluster may not answer: one elsewhere may be restarted, or the network be away.
+PATIENCE, LOCAL_PATIENCE = 600.0, 60.0
+
+
+def run_grid(args: list[str]) -> None:
+    prog = "python -m jobs grid"
+    description = (
+        "Trains a grid of experiments, the paper's or your own, and goes on with what is there."
+        f"\n\nExample: {prog} table2 --address http://head:8265 --output /shared/grids/table2 "
+        "--data.train /shared/train --data.val /shared/val --backbones /shared/backbones"
+        f"\n         {prog} table2 --scale demo"
+    )
+    if not args or args[0].startswith("-"):
+        if args and args[0] in ("-h", "--help"):
+            parse(GridOptions, args, f"{prog} NAME|FILE", description)
+        raise UserError(
+            f"{prog}: expected a grid first, {', '.join(PAPERS_GRIDS)}, or a .yaml or .py file"
+        )
+    grid = find_grid(args[0])
+    options = parse(GridOptions, args[1:], f"{prog} {args[0]}", description)
+    check(grid, options)
+    folder = (options.output or Path("outputs/grids") / called(grid, options)).resolve()
+    require_same_grid(folder, called(grid, options))
+    wanted = entries(grid, options.scale == "demo", options.seeds, common(options))
+    for entry in wanted:
+        micro_batch_size(entry.config, options.workers)
+    if options.dry_run:
+        dry_run(called(grid, options), folder, wanted, options)
+        return
+    if options.scale == "demo" and not options.data.train:
+        prepare(DEMO_DATA.resolve(), DemoOptions())
+    if options.plan:
+        plan(folder, wanted, options)
+        return
+    train(grid, folder, wanted, options)
+
+
+def require_same_grid(folder: Path, name: str) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / "grid.json").is_file():
+            raise UserError(f"--output {folder} holds something else; choose a new or empty folder")
+        there = read_grid(folder)["name"]
+        if there != name:
+            raise UserError(
+                f"--output {folder} has the grid {there!r}, expected {name!r} or a new folder"
+            )
+
+
+def plan(folder: Path, wanted: list[Entry], options: GridOptions) -> None:
+    from jobs.grid_plan import Planned, measure_in_a_process, report
+
+    planned = []
+    for entry in chosen(wanted, options):
+        found = look(folder, entry, {}, Code.present(), options.rerun_changed_code)
+        now = found.progress
+        if found.state != DONE:
+            share = 1 - now.epoch / now.epochs if found.state == RESUME and now.epochs else 1.0
+            print(f"measuring {entry.run}", file=sys.stderr, flush=True)
+            measured = measure_in_a_process(entry.config, options.workers, options.plan_steps)
+            planned.append(Planned(entry, share, measured))
+    if not planned:
+        print("every run is done")
+        return
+    print("\n".join(report(planned, options.workers, max(1, options.parallel), options.price)))
+
+
+def chosen(wanted: list[Entry], options: GridOptions) -> list[Entry]:
+    return runs(e for e in wanted if not options.only or e.cell in options.only)
+
+
+def train(grid: Grid, folder: Path, wanted: list[Entry], options: GridOptions) -> None:
+    if not options.address and options.data.train:
+        from pipeline.dataset import open_shards
+
+        for location in (options.data.train, options.data.val):
+            open_shards(location, wanted[0].config.data)  # look before Ray is started
+    with ExitStack() as stack:
+        stack.enter_context(sole(folder))
+        write_grid(folder, called(grid, options), grid.baseline, wanted)
+        found = looked(folder, wanted, options)
+        todo = []
+        for entry in chosen(wanted, options):
+            say(f"{entry.run}: {action(found[entry.run])}")
+            if found[entry.run].state != DONE:
+                todo.append(entry)
+        if todo:
+            address = options.address or stack.enter_context(local_cluster())
+            # Brings Ray, which reads once, at import, the token that a local cluster has set.
+            from jobs.grid_run import GridRunner, Submission
+
+            client = connect(address)
+            spec = JobSpec(
+                config="",
+                folder="",
+                workers=options.workers,
+                cpus_per_worker=options.cpus_per_worker,
+                restarts=options.restarts,
+                grace=options.grace,
+                tracking_uri=options.tracking_uri,
+                experiment=called(grid, options),
+            )
+            submission = Submission(
+                address,
+                called(grid, options),
+                options.parallel,
+                options.retries,
+                PATIENCE if options.address else LOCAL_PATIENCE,
+                spec,
+            )
+            anew = {run for run, how in found.items() if how.state == CHANGED}
+            try:
+                GridRunner(client, folder, submission, say).run(todo, anew)
+            finally:
+                print("\n".join(["", *text(rows(folder))]), flush=True)
+    left = [row for row in rows(folder) if row.state != DONE]
+    left = [row for row in left if not options.only or row.cell in options.only]
+    if left:
+        raise UserError(
+            f"{len(left)} of {len(wanted)} cells are not done: "
+            f"{', '.join(f'{row.cell} ({row.state})' for row in left)}; logs are in "
+            f"{folder / 'logs'}; the same command runs what is left"
+        )
+    print(f"all done; python -m jobs compare {folder} sets it beside what was published")
+
+
+def sole(folder: Path) -> Any:
+    """Keeps a second command out of the grid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"grid {folder} is being run by another command; watch it with: "
+            f"python -m jobs status --grid {folder}"
+        ) from None
+
+
+def write_grid(folder: Path, name: str, baseline: str, wanted: list[Entry]) -> None:
+    cells = [
+        {
+            "name": entry.cell,
+            "folder": entry.folder,
+            "seed": entry.seed,
+            "published": entry.published or None,
+            "differences": entry.differences,
+        }
+        for entry in wanted
+    ]
+    write_json(folder / "grid.json", {"name": name, "baseline": baseline or None, "cells": cells})
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)

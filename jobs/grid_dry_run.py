@@ -1,0 +1,68 @@
+"""How each run of a grid stands, and what its command would do about it."""
+
+from pathlib import Path
+from typing import Any
+
+from jobs.grid import Entry, runs
+from jobs.grid_options import GridOptions
+from jobs.grid_state import CHANGED, DONE, RESUME, Code, Found, look
+from jobs.grid_status import columns
+from pipeline.config import DataConfig
+from pipeline.errors import UserError
+
+
+def digests(found: list[Entry]) -> dict[str, dict[str, str]]:
+    """By run, the digests of its data, where this machine sees it: elsewhere the job will tell."""
+    from pipeline.dataset import open_dataset
+
+    opened: dict[tuple[DataConfig, str], dict[str, str]] = {}
+    by_run = {}
+    for entry in found:
+        key = (entry.config.data, entry.config.model.architecture)
+        if key not in opened:
+            try:
+                dataset = open_dataset(entry.config)
+                opened[key] = {"train": dataset.train.digest, "val": dataset.val.digest}
+            except (UserError, OSError):
+                opened[key] = {}
+        by_run[entry.run] = opened[key]
+    return by_run
+
+
+def looked(folder: Path, wanted: list[Entry], options: GridOptions) -> dict[str, Found]:
+    """How each run stands, by its name."""
+    code, data = Code.present(), digests(runs(wanted))
+    return {
+        entry.run: look(folder, entry, data[entry.run], code, options.rerun_changed_code)
+        for entry in runs(wanted)
+    }
+
+
+def dry_run(name: str, folder: Path, wanted: list[Entry], options: GridOptions) -> None:
+    found = looked(folder, wanted, options)
+    cells = [("cell", "seed", "would", "difference from the baseline")]
+    for entry in wanted:
+        differs = [f"{k} {short(a)} -> {short(b)}" for k, (a, b) in entry.differences.items()]
+        own = entry.folder == f"runs/{entry.cell}-seed{entry.seed}"
+        would = action(found[entry.run]) if own else f"share the run {entry.run}"
+        if options.only and entry.cell not in options.only:
+            would = "be left as it is (--only)"
+        cells.append((entry.cell, str(entry.seed), would, ", ".join(differs) or "-"))
+    print(f"{name}: {len(wanted)} cells, {len(found)} runs in {folder}")
+    print("\n".join(columns(cells)))
+
+
+def short(value: Any) -> str:
+    """A value in a table; of a path its end."""
+    text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) < 40 else f"…{text[-36:]}"
+
+
+def action(found: Found) -> str:
+    why = f" ({found.why})" if found.why else ""
+    now = found.progress
+    return {
+        DONE: f"do nothing: done{why}",
+        RESUME: f"go on after epoch {now.epoch:.1f} of {now.epochs}{why}",
+        CHANGED: f"train anew, and move the old run to replaced/{why}",
+    }.get(found.state, f"train{', as it failed' if why else ''}{why}")

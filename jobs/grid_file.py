@@ -1,0 +1,145 @@
+"""A grid of one's own: a YAML file with a baseline and axes, or a Python file with `grid()`."""
+
+import importlib.util
+import itertools
+import traceback
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from jobs.grid import Cell, Grid, changed, name_of, nearest
+from jobs.papers_grids import PAPERS_GRIDS
+from pipeline.errors import UserError
+from pipeline.recipes import recipe
+
+KEYS = ("name", "baseline", "set", "axes", "cells")
+MOST_CELLS = 1000  # beyond, an axis was surely not meant so
+RECIPE = "recipe"  # the key of a cell that starts from another recipe
+
+
+def find_grid(name: str) -> Grid:
+    """One of the paper's by its name, or that of a file."""
+    if name in PAPERS_GRIDS:
+        return PAPERS_GRIDS[name]()
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml", ".py") and path.is_file():
+        try:
+            return from_python(path) if path.suffix == ".py" else from_yaml(path)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    raise UserError(
+        f"grid {name!r}: {nearest(name, PAPERS_GRIDS)}expected one of {', '.join(PAPERS_GRIDS)}, "
+        f"or a file that exists and ends in .yaml or .py"
+    )
+
+
+def from_python(path: Path) -> Grid:
+    """What the file's `grid()` returns. The file is executed."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "grid", None)):
+            raise UserError("got no function grid(), expected one that returns a jobs.grid.Grid")
+        grid = module.grid()
+    except UserError:
+        raise
+    except Exception as error:  # of the user's code, whatever it is
+        raise UserError(f"{place(error, path)}{type(error).__name__}: {error}") from None
+    if not isinstance(grid, Grid):
+        raise UserError(f"grid() returned {type(grid).__name__}, expected a jobs.grid.Grid")
+    return grid
+
+
+def place(error: Exception, path: Path) -> str:
+    """Where in the file it was raised: "line 3: "."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    return f"line {lines[-1]}: " if lines else ""
+
+
+def from_yaml(path: Path) -> Grid:
+    """Raises `UserError` for every key, field or value that cannot be meant."""
+    content = read(path)
+    for key in content:
+        if key not in KEYS:
+            raise UserError(f"got {key!r}: {nearest(key, KEYS)}expected {', '.join(KEYS)}")
+    if not isinstance(content.get("baseline"), str):
+        raise UserError(
+            f"baseline: got {content.get('baseline')!r}, expected a recipe, such as "
+            f"baseline: deformable_detr_r50"
+        )
+    base = content["baseline"]
+    common = mapping(content, "set")
+    baseline = changed_in("set", base, common)
+    cells = [Cell("baseline", base, common)]
+    axes = mapping(content, "axes")
+    for name, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"axes: {name}: got {values!r}, expected a list of values")
+    count = 1
+    for values in axes.values():
+        count *= len(values)
+    if count > MOST_CELLS:
+        raise UserError(f"axes: got {count} combinations, expected at most {MOST_CELLS}")
+    for values in itertools.product(*axes.values()) if axes else ():
+        changes = {**common, **dict(zip(axes, values, strict=True))}
+        config = changed_in("axes", base, changes)
+        cells.append(Cell(name_of(baseline, config, axes), base, changes))
+    if [cell.name for cell in cells].count("baseline") > 1:
+        del cells[0]  # the axes come to the baseline, too; twice is for Grid to refuse
+    for name, changes in mapping(content, "cells").items():
+        where = f"cells: {name}"
+        if not isinstance(changes, dict):
+            raise UserError(f"{where}: got {changes!r}, expected fields with their values")
+        own = {**common, **changes}
+        of = own.pop(RECIPE, base)
+        if not isinstance(of, str):
+            raise UserError(f"{where}: {RECIPE}: got {of!r}, expected a recipe's name")
+        changed_in(where, of, own)
+        cells.append(Cell(str(name), of, own))
+    if len(cells) == 1:
+        raise UserError("got neither axes nor cells, expected some beside the baseline")
+    return Grid(str(content.get("name", path.stem)), tuple(cells), baseline="baseline")
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Strict)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"line {line}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"got {type(content).__name__}, expected the keys {', '.join(KEYS)}")
+    return content
+
+
+class Strict(yaml.SafeLoader):
+    """YAML in which a key given twice is a mistake, rather than the second value the only one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"got {key!r} twice, expected it once", key_node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key, {})
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{key}: got {value!r}, expected names with values")
+    return value
+
+
+def changed_in(where: str, base: str, changes: dict[str, Any]) -> Any:
+    try:
+        return changed(recipe(base), changes)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None

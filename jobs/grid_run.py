@@ -1,0 +1,274 @@
+"""Submits a grid's runs as jobs, as many at once as there is room for, until each has ended.
+
+What was submitted is asked of the cluster, what is done of the run folders: a command that dies
+leaves nothing that the next one does not find.
+"""
+
+import re
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
+
+from jobs.grid import Entry
+from jobs.grid_state import DONE, FAILED, RUNNING, STOPPED, Code, Record, progress, set_aside
+from jobs.resources import room
+from jobs.spec import JobSpec
+from jobs.submit import STOP_MARGIN, submit
+from pipeline.errors import UserError
+
+POLL = 2.0  # seconds between two looks at the jobs
+COUNT_EVERY = 30.0  # seconds between two looks at the nodes
+MOST_NODES = 10_000
+# Exit statuses of a job's driver.
+MISTAKE, WAS_STOPPED = 2, 3
+
+
+@dataclass(frozen=True)
+class Submission:
+    """How each run is submitted, beside its config and folder."""
+
+    address: str
+    grid: str
+    parallel: int
+    """Most jobs at once; 0: as many as there is room for."""
+    retries: int
+    patience: float
+    """Seconds that the cluster may not answer."""
+    spec: JobSpec
+    """Of any run: workers, grace, tracking and so on."""
+
+
+class GridRunner:
+    """Runs the jobs of one grid. `say` gets a line for whatever happens."""
+
+    def __init__(
+        self,
+        client: Any,
+        folder: Path,
+        submission: Submission,
+        say: Callable[[str], None],
+    ) -> None:
+        self.client, self.folder, self.submission, self.say = client, folder, submission, say
+        self.running: dict[str, tuple[Entry, str]] = {}  # by run: the entry and its job
+        self.retried: dict[str, int] = {}
+        self.evaluated: dict[str, float] = {}
+        self.anew: set[str] = set()
+        self.silent_since = self.counted = 0.0
+        self.places = 0
+
+    def run(self, todo: Sequence[Entry], anew: Collection[str] = ()) -> None:
+        """Returns when every run has ended, well or not: their records say how. Interrupted, it has
+        the jobs save and stop first. `anew`: runs to be set aside before they are submitted."""
+        queue, self.anew = list(todo), set(anew)
+        try:
+            self.adopt(queue)
+            while queue or self.running:
+                jobs = self.jobs()
+                if jobs is not None:
+                    queue += self.collect(jobs)
+                    while queue and len(self.running) < self.room(queue[0]):
+                        if not self.start(queue[0]):
+                            break
+                        queue.pop(0)
+                self.tell_epochs()
+                if queue or self.running:
+                    time.sleep(POLL)
+        except BaseException:
+            self.stop()
+            raise
+
+    def adopt(self, queue: list[Entry]) -> None:
+        """Takes over jobs that an earlier command has left on the cluster."""
+        for job in self.client.list_jobs():
+            folder = (job.metadata or {}).get("folder")
+            for entry in [e for e in queue if str(self.folder / e.folder) == folder]:
+                if job.submission_id and not job.status.is_terminal():
+                    if entry.run in self.anew:
+                        raise UserError(
+                            f"job {job.submission_id} trains {folder} as it was before; stop it "
+                            f"first: python -m jobs stop --job {job.submission_id} --address "
+                            f"{self.submission.address}"
+                        )
+                    queue.remove(entry)
+                    self.running[entry.run] = (entry, job.submission_id)
+                    self.say(f"{entry.run}: job {job.submission_id} trains it already")
+
+    def jobs(self) -> dict[str, Any] | None:
+        """The cluster's jobs by id; None while it does not answer."""
+        try:
+            found = {job.submission_id: job for job in self.client.list_jobs()}
+        except (OSError, RuntimeError) as error:  # requests' errors are OSErrors
+            self.unanswered(error)
+            return None
+        self.silent_since = 0.0
+        return found
+
+    def unanswered(self, error: Exception) -> None:
+        now = time.monotonic()
+        if not self.silent_since:
+            self.silent_since = now
+            self.say(f"the cluster does not answer ({first_line(error)}); asking again")
+        if now - self.silent_since > self.submission.patience:
+            raise UserError(
+                f"the cluster at {self.submission.address} did not answer for "
+                f"{self.submission.patience:.0f} s "
+                f"({first_line(error)}); the same command goes on once it does"
+            )
+
+    def room(self, entry: Entry) -> int:
+        """How many jobs may run at once: for what the nodes have in all, at least one, which then
+        waits for nodes and tells an autoscaler what is needed."""
+        now = time.monotonic()
+        if not self.places or now - self.counted > COUNT_EVERY:
+            try:
+                self.places = places(self.submission.address, entry, self.submission.spec)
+            except RayStateApiException as error:
+                self.unanswered(error)
+                return 0
+            self.counted = now
+        return min(max(1, self.places), self.submission.parallel or MOST_NODES)
+
+    def start(self, entry: Entry) -> bool:
+        """Submits the run; False where the cluster does not answer."""
+        if entry.run in self.anew:
+            self.anew.remove(entry.run)
+            self.say(f"{entry.run}: the old run is now {set_aside(self.folder, entry)}")
+        code = Code.present()  # each time: a job takes the checkout along as it is now
+        spec = replace(
+            self.submission.spec,
+            config=entry.config.to_json(),
+            folder=str(self.folder / entry.folder),
+            code=code.commit,
+        )
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.submission.grid}-{entry.run}")
+        record = Record.read(self.folder, entry.run)
+        record = replace(
+            record,
+            attempts=record.attempts + 1,
+            outcome=RUNNING,
+            error="",
+            code={**record.code, code.digest: code.commit},
+        )
+        # Before it is submitted: a command that dies in between leaves an attempt too many.
+        record.write(self.folder, entry.run)
+        try:
+            job = submit(self.client, spec, name)
+        except OSError as error:  # requests' errors are OSErrors
+            self.unanswered(error)
+            return False
+        except (RuntimeError, UserError) as error:
+            self.ended(entry, FAILED, f"not submitted: {first_line(error)}")
+            return True
+        replace(record, job=job).write(self.folder, entry.run)
+        self.running[entry.run] = (entry, job)
+        self.say(f"{entry.run}: submitted as {job}, attempt {record.attempts}")
+        return True
+
+    def collect(self, jobs: dict[str, Any]) -> list[Entry]:
+        """Takes note of the jobs that have ended; returns the runs to be tried again."""
+        again = []
+        for entry, job in list(self.running.values()):
+            if job in jobs and not jobs[job].status.is_terminal():
+                continue
+            del self.running[entry.run]
+            if job not in jobs:
+                self.ended(entry, FAILED, "the cluster no longer knows its job")
+                status = None
+            else:
+                self.tell_epochs_of(entry)
+                status = jobs[job].driver_exit_code
+                self.ended(entry, *self.outcome(entry, jobs[job]))
+            failed = Record.read(self.folder, entry.run).outcome == FAILED
+            tried = self.retried.get(entry.run, 0)
+            if failed and status != MISTAKE and tried < self.submission.retries:
+                self.retried[entry.run] = tried + 1
+                self.say(f"{entry.run}: will be tried again")
+                again.append(entry)
+        return again
+
+    def outcome(self, entry: Entry, job: Any) -> tuple[str, str]:
+        """How an attempt ended, and why where it failed."""
+        said = self.keep_log(entry, job.submission_id)
+        if job.status.value == "STOPPED" or job.driver_exit_code == WAS_STOPPED:
+            return STOPPED, ""
+        if job.status.value == "SUCCEEDED" and progress(self.folder / entry.folder).finished:
+            return DONE, ""
+        if job.status.value == "SUCCEEDED":
+            return FAILED, (
+                f"its job succeeded, but {self.folder / entry.folder} has no finished run: does "
+                f"the cluster see the same storage under this path?"
+            )
+        errors = [line for line in said if line.startswith("error: ")]
+        last = (errors or said or [job.message or "its job said nothing"])[-1]
+        return FAILED, last.removeprefix("error: ")
+
+    def keep_log(self, entry: Entry, job: str) -> list[str]:
+        """Writes the job's log to the grid's folder, which outlives the cluster; its lines."""
+        try:
+            log: str = self.client.get_job_logs(job)
+        except (OSError, RuntimeError) as error:
+            log = f"the cluster did not give the log: {first_line(error)}\n"
+        path = self.folder / "logs" / f"{job}.log"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(log, encoding="utf-8")
+        return [line for line in log.splitlines() if line.strip()]
+
+    def ended(self, entry: Entry, outcome: str, error: str) -> None:
+        record = Record.read(self.folder, entry.run)
+        replace(record, outcome=outcome, error=error).write(self.folder, entry.run)
+        self.say(f"{entry.run}: {outcome}{': ' if error else ''}{error}")
+
+    def tell_epochs(self) -> None:
+        for entry, _ in self.running.values():
+            self.tell_epochs_of(entry)
+
+    def tell_epochs_of(self, entry: Entry) -> None:
+        """Says once for each epoch that it was evaluated."""
+        now = progress(self.folder / entry.folder)
+        had = self.evaluated.setdefault(entry.run, now.evaluated)
+        if now.evaluated > had:
+            self.evaluated[entry.run] = now.evaluated
+            self.say(
+                f"{entry.run}: epoch {now.evaluated:.0f}/{now.epochs}, best AP so far {now.ap:.3f}"
+            )
+
+    def stop(self) -> None:
+        """Has every job save and end, all at the same time."""
+        if not self.running:
+            return
+        self.say(f"saving {len(self.running)} runs; interrupt once more to end at once")
+        for entry, job in self.running.values():
+            try:
+                self.client.stop_job(job)
+            except (OSError, RuntimeError) as error:
+                self.say(f"{entry.run}: not told to stop ({first_line(error)})")
+        deadline = time.monotonic() + self.submission.spec.grace + STOP_MARGIN
+        while self.running and time.monotonic() < deadline:
+            jobs = self.jobs() or {}
+            for entry, job in list(self.running.values()):
+                if job in jobs and jobs[job].status.is_terminal():
+                    del self.running[entry.run]
+                    self.ended(entry, *self.outcome(entry, jobs[job]))
+            time.sleep(0.5)
+
+
+def places(address: str, entry: Entry, spec: JobSpec) -> int:
+    """Jobs of this size that the cluster's nodes could hold at once."""
+    nodes = [
+        {"Alive": node.state == "ALIVE", "Resources": node.resources_total or {}}
+        for node in list_nodes(address=address, limit=MOST_NODES, detail=True)
+    ]
+    need: dict[str, float] = {"CPU": spec.cpus_per_worker}
+    gpus = sum(node["Resources"].get("GPU", 0) for node in nodes if node["Alive"])
+    if gpus and entry.config.engine.device != "cpu":
+        need["GPU"] = 1
+    return room(need, nodes) // (spec.min_workers or spec.workers)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

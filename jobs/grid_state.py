@@ -1,0 +1,223 @@
+"""What became of a grid's runs, read from their folders: no cluster is needed to tell.
+
+A grid's folder holds `grid.json` (its cells), `runs/` (their run folders), `records/` (attempts),
+`logs/` (of its jobs) and `replaced/` (runs that were trained anew).
+"""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jobs.grid import Entry
+from jobs.spec import ROOT, code_version
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.tracking import read_lines
+
+# What decides a result beside config and data.
+CODE = ("cuda_ops", "model", "pipeline")
+SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
+
+MISSING, RESUME, DONE, FAILED, CHANGED = "missing", "half done", "done", "failed", "changed"
+RUNNING, STOPPED = "running", "stopped"  # and FAILED, DONE: how a record's last attempt stands
+
+
+@dataclass(frozen=True)
+class Code:
+    """Identity of the code that trains: its sources' digest decides, the commit is for people."""
+
+    digest: str
+    commit: str
+
+    @staticmethod
+    def present() -> "Code":
+        digest = hashlib.sha256()
+        for package in CODE:
+            for path in sorted((ROOT / package).rglob("*")):
+                if path.suffix in SOURCES:
+                    content = path.read_bytes()
+                    name = path.relative_to(ROOT).as_posix()
+                    digest.update(f"{name} {len(content)}\n".encode() + content)
+        return Code(digest.hexdigest(), code_version())
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the grid's command remembers of one run: `outcome` of the last attempt and why it
+    failed, its job, and the code of every attempt (digest -> commit)."""
+
+    attempts: int = 0
+    outcome: str = ""
+    error: str = ""
+    job: str = ""
+    code: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def read(grid: Path, run: str) -> "Record":
+        path = grid / "records" / f"{run}.json"
+        if not path.exists():
+            return Record()
+        try:
+            return Record(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); without it attempts are counted anew: remove it"
+            ) from None
+
+    def write(self, grid: Path, run: str) -> None:
+        write_json(grid / "records" / f"{run}.json", asdict(self))
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """Read from `metrics.jsonl`. `epoch` is a fraction, `evaluated` the last
+    one with an evaluation, `ap` the best so far (-1: none), `left`
+    the seconds to the end at this start's speed (-1: unknown), `last` the time of the last line."""
+
+    epoch: float = 0.0
+    epochs: int = 0
+    ap: float = -1.0
+    evaluated: float = 0.0
+    left: float = -1.0
+    finished: bool = False
+    last: float = 0.0
+
+
+def progress(folder: Path) -> RunProgress:
+    path = folder / "metrics.jsonl"
+    lines = read_lines(path) if path.exists() else []
+    if not lines:
+        return RunProgress()
+    starts = [x for x in lines if x.get("event") == "start"]
+    steps = [x for x in lines if x["kind"] == "train"]
+    left = -1.0
+    if starts and steps and steps[-1]["step"] > starts[-1]["step"]:
+        start, end = starts[-1], steps[-1]
+        speed = (end["time"] - start["time"]) / (end["step"] - start["step"])
+        left = speed * (start["steps"] - end["step"])
+    return RunProgress(
+        epoch=max(x["epoch"] for x in lines),
+        epochs=starts[-1]["epochs"] if starts else 0,
+        ap=max((x["AP"] for x in lines if x["kind"] == "evaluation"), default=-1.0),
+        evaluated=max((x["epoch"] for x in lines if x["kind"] == "evaluation"), default=0.0),
+        left=left,
+        finished=any(x.get("event") == "finished" for x in lines),
+        last=lines[-1]["time"],
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run as it was found: `state`, and why it is so where that is not plain."""
+
+    state: str
+    why: str
+    progress: RunProgress
+    record: Record
+
+
+def look(
+    grid: Path, entry: Entry, data: dict[str, str], code: Code, rerun_changed_code: bool = False
+) -> Found:
+    """How the entry's run stands against what is asked for now.
+
+    data: digests of "train" and "val", where this machine sees them. A run of other code is kept,
+    and `why` says so, unless `rerun_changed_code`.
+    """
+    folder, record = grid / entry.folder, Record.read(grid, entry.run)
+    path, found = folder / "config.json", progress(folder)
+    state, why = RESUME, ""
+    if not path.exists():
+        state, why = (FAILED, record.error) if record.outcome == FAILED else (MISSING, "")
+        return Found(state, why, found, record)
+    why = what_changed(path.read_text(encoding="utf-8"), entry.config, data)
+    other = ", ".join(c[:12] for digest, c in record.code.items() if digest != code.digest)
+    if why:
+        state = CHANGED
+    elif other and rerun_changed_code:
+        state, why = CHANGED, f"code: trained by {other}"
+    elif found.finished:
+        state = DONE
+    elif record.outcome == FAILED:
+        state, why = FAILED, record.error
+    if state in (DONE, RESUME) and other:
+        why = f"code of {other}; --rerun-changed-code trains it anew"
+    return Found(state, why, found, record)
+
+
+def what_changed(text: str, config: RunConfig, data: dict[str, str]) -> str:
+    """How a run's config.json differs from what is asked for: "schedule.epochs 6 -> 12"."""
+    try:
+        before = json.loads(text)
+        old = identity(RunConfig.from_json(json.dumps(before["config"])))
+        digests = {split: before[f"{split}_digest"] for split in data}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"its config.json is damaged or of another version ({error})"
+    new = identity(config)
+    said = [f"{name} {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
+    said += [
+        f"data.{split} has other content"
+        for split, digest in data.items()
+        if digests[split] != digest
+    ]
+    return ", ".join(said)
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """`config.identity()` flat, without the number of classes, which training takes from the
+    data."""
+    config = replace(config, model=replace(config.model, num_classes=2))
+    return flat(config.identity())
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
+            f"{prefix}{name}": value
+        }  # fmt: skip
+    return found
+
+
+def set_aside(grid: Path, entry: Entry) -> Path:
+    """Moves a run that is to be trained anew out of the way, deleting nothing; returns where to."""
+    folder, aside = grid / entry.folder, grid / "replaced"
+    aside.mkdir(exist_ok=True)
+    number = 1
+    while (aside / f"{entry.run}-{number}").exists():
+        number += 1
+    target = aside / f"{entry.run}-{number}"
+    os.rename(folder, target)
+    (grid / "records" / f"{entry.run}.json").unlink(missing_ok=True)
+    return target
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_grid(folder: Path) -> dict[str, Any]:
+    """`grid.json` of a grid's folder. Raises `UserError` where it is none."""
+    path = folder / "grid.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is no grid's folder: it has no grid.json; give the --output of jobs grid, "
+            f"which is outputs/grids/NAME unless given"
+        )
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); submit the grid again") from None
+    return content
+
+
+def quiet(found: RunProgress) -> float:
+    """Seconds since the run's last line."""
+    return time.time() - found.last if found.last else 0.0

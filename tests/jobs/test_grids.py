@@ -1,0 +1,403 @@
+"""What grids are: the paper's rows, names, files of one's own, and mistakes in them."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.__main__ import run_status
+from jobs.grid import Cell, Grid, changed, differences, entries, leaves, name_of, runs
+from jobs.grid_command import run_grid
+from jobs.grid_file import find_grid
+from jobs.grid_options import GridData, GridOptions, common
+from jobs.papers_grids import PAPERS_GRIDS, figure3, table1, table2, table3
+from model.detr import build_model
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.recipes import deformable_detr_r50, recipe
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "jobs" / "published.json"
+
+
+def configs(grid: Grid, small: bool = False) -> dict[str, RunConfig]:
+    return {cell.name: cell.config(small) for cell in grid.cells}
+
+
+def test_table_1_has_the_papers_rows_with_their_epochs():
+    """Table 1: method, epochs; and section 5 on what DC5+ has of Deformable DETR."""
+    rows = configs(table1())
+    epochs = {name: config.schedule.epochs for name, config in rows.items()}
+    assert epochs == {
+        "faster_rcnn": 109, "detr": 500, "detr_dc5": 500, "detr_dc5_50_epochs": 50,
+        "detr_dc5_plus": 50, "deformable_detr": 50, "refine": 50, "two_stage": 50,
+    }  # fmt: skip
+    architectures = [config.model.architecture for config in rows.values()]
+    assert architectures == ["faster_rcnn", *["detr"] * 4, *["deformable_detr"] * 3]
+    assert [n for n, c in rows.items() if c.model.dilation] == [
+        "detr_dc5", "detr_dc5_50_epochs", "detr_dc5_plus",
+    ]  # fmt: skip
+    assert set(differences(rows["detr_dc5"], rows["detr_dc5_50_epochs"])) == {
+        "schedule.epochs", "schedule.drop_epochs",
+    }  # fmt: skip
+    assert set(differences(rows["detr_dc5_50_epochs"], rows["detr_dc5_plus"])) == {
+        "model.classification", "model.num_queries", "model.class_weight", "model.class_cost",
+    }  # fmt: skip
+    base = rows["deformable_detr"]
+    assert differences(base, rows["refine"]) == {"model.box_refine": [False, True]}
+    assert set(differences(base, rows["two_stage"])) == {"model.box_refine", "model.two_stage"}
+    assert all(c.schedule.drop_epochs == (40,) for c in rows.values() if c.schedule.epochs == 50)
+
+
+def test_table_2_differs_in_the_tables_columns_and_in_nothing_else():
+    """Columns of Table 2: multi-scale inputs, multi-scale attention, K, FPNs."""
+    rows = configs(table2())
+    columns = {
+        name: (c.model.num_levels > 1, c.model.num_levels > 1 and c.model.level_exchange,
+               c.model.num_points, c.model.neck)
+        for name, c in rows.items()
+    }  # fmt: skip
+    assert columns == {
+        "neck=fpn": (True, True, 4, "fpn"),
+        "neck=bifpn": (True, True, 4, "bifpn"),
+        "num_levels=1,num_points=1": (False, False, 1, "plain"),
+        "level_exchange=false,num_points=1": (True, False, 1, "plain"),
+        "level_exchange=false": (True, False, 4, "plain"),
+        "baseline": (True, True, 4, "plain"),
+    }
+    allowed = {"model.num_levels", "model.level_exchange", "model.num_points", "model.neck"}
+    for config in rows.values():
+        assert set(differences(deformable_detr_r50(), config)) <= allowed
+    assert rows["baseline"] == deformable_detr_r50()
+
+
+def test_table_3_differs_in_the_backbone_alone():
+    rows = configs(table3())
+    assert [c.model.backbone for c in rows.values()] == [
+        "resnet50", "resnet101", "resnext101_64x4d", "resnext101_64x4d_dcn",
+    ]  # fmt: skip
+    for config in rows.values():
+        assert config.model.two_stage
+        assert config.model.box_refine
+        assert set(differences(rows["resnet50"], config)) <= {"model.backbone"}
+
+
+def test_figure_3_has_several_drops_and_detr_for_as_long_and_ten_times_as_long():
+    rows = configs(figure3())
+    assert {n: (c.schedule.epochs, c.schedule.drop_epochs) for n, c in rows.items()} == {
+        "deformable_detr": (50, (40,)), "deformable_detr_drop_30": (40, (30,)),
+        "deformable_detr_drop_20": (30, (20,)), "detr_dc5_plus": (50, (40,)),
+        "detr_dc5_50_epochs": (50, (40,)), "detr_dc5": (500, (400,)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS_GRIDS)
+def test_at_demo_scale_every_cell_trains_and_stays_what_it_is(name):
+    grid = find_grid(name)
+    full, small = configs(grid), configs(grid, small=True)
+    for cell in full:
+        build_model(small[cell].model)
+        assert small[cell].model.backbone in ("tiny", "tiny_dcn")
+        assert small[cell].schedule.epochs == max(1, round(full[cell].schedule.epochs * 6 / 50))
+        for kept in ("architecture", "num_levels", "num_points", "neck", "level_exchange",
+                     "two_stage", "dilation", "classification"):  # fmt: skip
+            assert getattr(small[cell].model, kept) == getattr(full[cell].model, kept), kept
+
+
+@pytest.mark.parametrize("name", PAPERS_GRIDS)
+def test_every_published_key_is_a_row_of_ours(name):
+    if not PUBLISHED.exists():
+        pytest.skip("jobs/published.json is not there")
+    tables = json.loads(PUBLISHED.read_text())["tables"]
+    known = {f"{table}/{row[0]}" for table, rows in tables.items() for row in rows["rows"]}
+    keys = [cell.published for cell in find_grid(name).cells if cell.published]
+    assert set(keys) <= known
+    assert len(keys) == len(set(keys)) >= (4 if name != "figure3" else 3)
+    if name in ("table1", "table2"):  # Table 3 has other detectors, too
+        assert len(keys) == len(tables[name]["rows"])
+
+
+def wanted(grid: Grid, small: bool = False, seeds: int = 1):
+    return entries(grid, small, seeds, lambda config: config)
+
+
+def test_cells_of_one_config_share_a_run_and_seeds_do_not():
+    found = wanted(table3(), small=True, seeds=2)
+    assert [(e.cell, e.seed, e.folder) for e in found[:4]] == [
+        ("resnet50", 42, "runs/resnet50-seed42"), ("resnet101", 42, "runs/resnet50-seed42"),
+        ("resnext101", 42, "runs/resnet50-seed42"),
+        ("resnext101_dcn", 42, "runs/resnext101_dcn-seed42"),
+    ]  # fmt: skip
+    assert [e.run for e in runs(found)] == [
+        "resnet50-seed42", "resnext101_dcn-seed42", "resnet50-seed43", "resnext101_dcn-seed43",
+    ]  # fmt: skip
+    assert [e.config.seed for e in runs(found)] == [42, 42, 43, 43]
+    assert len(runs(wanted(table3()))) == 4
+    # What does not decide the result can still be what a grid is about.
+    stages = [Cell(f"z{z}", "demo", {"engine.zero_stage": z}) for z in (0, 1)]
+    assert len(runs(wanted(Grid("zero", tuple(stages))))) == 2
+
+
+def test_differences_are_those_from_the_baseline():
+    found = {e.cell: e.differences for e in wanted(table2())}
+    assert found["baseline"] == {}
+    assert found["num_levels=1,num_points=1"] == {
+        "model.num_levels": [4, 1], "model.num_points": [4, 1],
+    }  # fmt: skip
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_names_have_short_fields_and_safe_values():
+    base = recipe("demo")
+    changes = {
+        "optimizer.lr": "1e-4", "model.two_stage": False, "model.box_refine": True,
+        "schedule.drop_epochs": [3, 5], "data.train": "/shared/a b", "model.num_points": 4,
+    }  # fmt: skip
+    assert name_of(base, changed(base, changes), changes) == (
+        "lr=0.0001,two_stage=false,drop_epochs=3+5,train=shared-a-b"
+    )
+    assert name_of(base, base, changes) == "baseline"
+
+
+def test_every_field_can_be_changed_to_what_it_is():
+    config = recipe("deformable_detr_r50")
+    fields = {k: v for k, v in leaves(config).items() if k not in ("recipe", "seed")}
+    assert changed(config, fields) == config
+    assert changed(config, {"schedule.drop_epochs": "11 15"}).schedule.drop_epochs == (11, 15)
+    assert changed(config, {"schedule.drop_epochs": []}).schedule.drop_epochs == ()
+    assert changed(config, {"model.level_exchange": "false"}).model.level_exchange is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.num_pints": 1}, "got 'model.num_pints': did you mean 'model.num_points'?"),
+        ({"model.num_points": 1.5}, "model.num_points: invalid literal for int"),
+        ({"model.num_points": True}, "model.num_points: got True, expected a value like 4"),
+        ({"model.num_points": [1, 2]}, "2"),
+        ({"model.num_points": None}, "model.num_points: got None, expected one value or a list"),
+        ({"model.num_points": {"a": 1}}, "expected one value or a list"),
+        ({"model.box_refine": "yes"}, "model.box_refine: got 'yes', expected true or false"),
+        ({"model.neck": "fnp"}, "Expected one of ('plain', 'fpn', 'bifpn')"),
+        ({"model.num_levels": 2}, "num_levels: got 2, expected 1, or 3 and up"),
+        ({"model.neck": "fpn", "model.num_levels": 1}, "one level has none to be joined with"),
+        ({"optimizer.batch_size": 0}, "optimizer.batch_size: got 0, expected 1 or more"),
+        ({"model": "x"}, "got 'model': "),
+        ({"": 1}, "got '': expected a field of RunConfig"),
+        ({"seed": 3}, "seed is no field that a cell changes: use --seeds N"),
+        ({"recipe": "demo"}, "make it the cell's base"),
+        ({"help": ""}, "got 'help'"),
+    ],
+)
+def test_a_mistaken_change_is_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        changed(deformable_detr_r50(), changes)
+    assert "\n" not in str(raised.value)
+    assert "--" not in str(raised.value).replace("--seeds", "").replace("--help", "")
+
+
+YAML = """
+name: mine
+baseline: demo
+set: {schedule.epochs: 12, optimizer.lr: 1e-3}
+axes:
+  model.num_points: [1, 4]
+  model.level_exchange: [true, false]
+cells:
+  wide: {model.hidden_dim: 96}
+  plain_detr: {recipe: detr_r50_dc5_demo}
+"""
+
+
+def test_a_yaml_file_is_a_baseline_with_axes_and_cells(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(YAML)
+    grid = find_grid(str(path))
+    found = configs(grid)
+    assert (grid.name, grid.baseline) == ("mine", "baseline")
+    assert list(found) == [
+        "num_points=1", "num_points=1,level_exchange=false", "baseline", "level_exchange=false",
+        "wide", "plain_detr",
+    ]  # fmt: skip
+    assert {c.schedule.epochs for c in found.values()} == {12}
+    assert {c.optimizer.lr for c in found.values()} == {1e-3}
+    cell = found["num_points=1,level_exchange=false"].model
+    assert (cell.num_points, cell.level_exchange) == (1, False)
+    assert found["plain_detr"].model.architecture == "detr"
+    assert found["wide"].model.hidden_dim == 96
+
+
+def test_a_baseline_that_no_combination_has_is_a_cell_too(tmp_path):
+    path = tmp_path / "points.yml"
+    path.write_text("baseline: demo\naxes: {model.num_points: [1, 2]}\n")
+    grid = find_grid(str(path))
+    assert grid.name == "points"
+    assert list(configs(grid)) == ["baseline", "num_points=1", "num_points=2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "got NoneType, expected the keys name, baseline, set, axes, cells"),
+        ("- a\n", "got list"),
+        ("a: [1", "line 1: "),
+        ("\x00", "not YAML"),
+        ("axes: {}\n", "baseline: got None, expected a recipe"),
+        ("baseline: deformable_detr_r5\naxes: {a: [1]}", "did you mean 'deformable_detr_r50'?"),
+        ("baseline: demo\naxis: {}", "got 'axis': did you mean 'axes'?"),
+        ("baseline: demo", "got neither axes nor cells"),
+        ("baseline: demo\naxes: [model.num_points]", "axes: got ['model.num_points']"),
+        ("baseline: demo\naxes: {model.num_pints: [1]}", "did you mean 'model.num_points'?"),
+        ("baseline: demo\naxes: {model.num_points: 4}", "got 4, expected a list of values"),
+        ("baseline: demo\naxes: {model.num_points: []}", "got [], expected a list of values"),
+        ("baseline: demo\naxes: {model.num_points: [x]}", "model.num_points: invalid literal"),
+        ("baseline: demo\naxes: {model.num_points: [2, 2]}", "got 2 cells with the name"),
+        ("baseline: demo\naxes: {model.num_points: [4, 4]}", "got 2 cells with the name"),
+        ("baseline: demo\naxes:\n  seed: [1, 2]", "use --seeds N"),
+        ("baseline: demo\naxes:\n  optimizer.lr: [1]\n  optimizer.lr: [2]", "line 4: got"),
+        ("baseline: demo\nset: {model.nek: fpn}\naxes: {}", "set: got 'model.nek': did you mean"),
+        ("baseline: demo\ncells: {a: 3}", "cells: a: got 3, expected fields"),
+        ("baseline: demo\ncells: {a: {recipe: dmeo}}", "cells: a: unknown recipe 'dmeo'"),
+        ("baseline: demo\ncells: {a: {recipe: 3}}", "cells: a: recipe: got 3"),
+        ("baseline: demo\ncells: {a/b: {model.num_points: 1}}", "got the name 'a/b'"),
+        ("baseline: demo\ncells: {baseline: {model.num_points: 1}}", "2 cells with the name"),
+        ("baseline: demo\nname: ../x\ncells: {a: {}}", "got the name '../x'"),
+        (
+            "baseline: demo\naxes: {optimizer.lr: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],"
+            " optimizer.weight_decay: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],"
+            " optimizer.clip_norm: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}",
+            "got 1100 combinations, expected at most 1000",
+        ),
+    ],
+)
+def test_a_mistake_in_a_yaml_file_is_one_clear_line(text, message, tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        find_grid(str(path))
+    assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_python_file_gives_a_grid(tmp_path):
+    path = tmp_path / "widths.py"
+    path.write_text(
+        "from jobs.grid import Cell, Grid\n"
+        "def grid():\n"
+        "    cells = [Cell(f'w{w}', 'demo', {'model.hidden_dim': w}) for w in (64, 96)]\n"
+        "    return Grid('widths', tuple(cells), baseline='w64')\n"
+    )
+    assert [c.model.hidden_dim for c in configs(find_grid(str(path))).values()] == [64, 96]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def grid(:", "SyntaxError"),
+        ("x = 1\nraise KeyError('no')", "line 2: KeyError"),
+        ("def gird(): pass", "got no function grid()"),
+        ("def grid(): return [1]", "grid() returned list, expected a jobs.grid.Grid"),
+        ("def grid():\n    return 1 / 0", "line 2: ZeroDivisionError"),
+        ("from jobs.grid import Grid\ndef grid(): return Grid('a', ())", "got no cells"),
+        (
+            "from jobs.grid import Cell, Grid\ndef grid():\n"
+            "    return Grid('a', (Cell('b', 'demo'),), baseline='c')",
+            "got the baseline 'c', expected one of its cells: b",
+        ),
+    ],
+)
+def test_a_mistake_in_a_python_file_is_one_clear_line(text, message, tmp_path):
+    path = tmp_path / "grid.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        find_grid(str(path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected a grid first, table1"),
+        (("--scale", "demo"), "expected a grid first"),
+        (("tabel2",), "did you mean 'table2'?"),
+        (("none.yaml",), "or a file that exists"),
+        (("table2",), "expected --data.train DIR --data.val DIR"),
+        (("table2", "--data.train", "a"), "got one of --data.train and --data.val"),
+        (("table2", "--data.labels", "contiguous"), "unknown option --data.labels"),
+        (("table2", "--seeds", "0", "--dry-run"), "seeds: got 0, expected 1 or more"),
+        (("table2", "--only", "fpn", "--dry-run"), "only: got 'fpn', expected cells of it: neck="),
+        (("table2", "--dry-run", "--plan"), "expected one of them"),
+        (("table2", "--dry-run", "--set", "model.nek", "fpn"), "did you mean 'model.neck'?"),
+        (("table2", "--dry-run", "--workers", "64"), "got 32 images for 64 processes"),
+        (("table2", "--dry-run", "--backbones", "/none"), "/none/resnet50.pth does not exist"),
+        (("table2", "--dry-run", "--tracking-uri", "https://me:pa55@m"), "a user or password"),
+        (("table2", "--data.train", "/no", "--data.val", "/no"), "'/no' does not exist"),
+    ],
+)
+def test_a_mistake_on_the_command_line_starts_nothing(arguments, message, tmp_path):
+    given = [*arguments, "--output", str(tmp_path / "out")] if arguments else []
+    if arguments and not arguments[0].startswith("-"):
+        given = [arguments[0], "--output", str(tmp_path / "out"), *arguments[1:]]
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        run_grid(given)
+    assert "\n" not in str(raised.value)
+    assert "pa55" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_grid_is_refused(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        run_grid(["table2", "--dry-run", "--output", str(tmp_path)])
+    (tmp_path / "grid.json").write_text(json.dumps({"name": "table1", "cells": []}))
+    with pytest.raises(UserError, match="has the grid 'table1', expected 'table2'"):
+        run_grid(["table2", "--dry-run", "--output", str(tmp_path)])
+
+
+def test_every_cell_gets_the_data_and_its_backbones_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    for name in ("resnet50", "resnet101", "resnext101_64x4d"):
+        (tmp_path / "weights" / f"{name}.pth").touch()
+    given = GridOptions(
+        data=GridData("shards/train", "s3://bucket/val"),
+        backbones=Path("weights"),
+        set=(("schedule.epochs", "12"), ("data.labels", "contiguous")),
+    )
+    found = entries(table3(), False, 1, common(given))
+    assert {e.config.data.train for e in found} == {str(tmp_path / "shards/train")}
+    assert {e.config.data.val for e in found} == {"s3://bucket/val"}
+    assert {(e.config.schedule.epochs, e.config.data.labels) for e in found} == {(12, "contiguous")}
+    assert [Path(e.config.init.backbone).name for e in found] == [
+        "resnet50.pth", "resnet101.pth", "resnext101_64x4d.pth", "resnext101_64x4d.pth",
+    ]  # fmt: skip
+    own = Grid("own", (Cell("a", "demo", {"data.train": "/mine"}),))
+    (entry,) = entries(own, False, 1, common(given))
+    assert (entry.config.data.train, entry.config.data.val) == ("/mine", "s3://bucket/val")
+    small = replace(given, scale="demo", data=GridData(), set=())
+    (entry, *_) = entries(table3(), True, 1, common(small))
+    assert entry.config.init.backbone == ""
+    assert entry.config.data.train == str(tmp_path / "outputs/demo/shards-3000-200/train")
+
+
+def test_a_dry_run_names_each_cell_with_its_differences_and_writes_nothing(tmp_path, capsys):
+    run_grid(["table2", "--dry-run", "--seeds", "2", "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("table2: 12 cells, 12 runs in ")
+    assert any(re.match(r"neck=fpn +42 +train +model.neck plain -> fpn$", x) for x in said)
+    assert any(re.match(r"baseline +43 +train +-$", x) for x in said)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected either --address http://HOST:8265 or --grid FOLDER"),
+        (["--grid", "x", "--address", "http://x"], "expected either --address"),
+        (["--grid", "/none"], "/none is no grid's folder: it has no grid.json"),
+    ],
+)
+def test_status_of_nothing_is_one_clear_line(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_status(arguments)
