@@ -14,7 +14,8 @@ from jobs.grid_status import rows
 from pipeline.tracking import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# Five job starts on two local clusters: minutes.
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 GRID = """
 from jobs.grid import Cell, Grid
