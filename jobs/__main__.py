@@ -14,7 +14,7 @@ from jobs.cluster import local_cluster
 from jobs.demo import DemoOptions, demo
 from jobs.grid_command import run_grid
 from jobs.grid_status import status
-from jobs.spec import JobSpec, code_version
+from jobs.spec import JobSpec, code_version, from_the_root
 from jobs.submit import connect, follow, stop, submit
 from jobs.tracking import shown
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
@@ -97,7 +97,7 @@ def run_submit(args: list[str]) -> None:
 
         open_dataset(options.config)  # the shards are on this machine: look before Ray is started
     spec = JobSpec(
-        config=options.config.to_json(),
+        config=from_the_root(options.config).to_json(),
         folder=str(options.output.resolve()),
         workers=options.workers,
         cpus_per_worker=options.cpus_per_worker,

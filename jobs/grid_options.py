@@ -7,6 +7,7 @@ from typing import Literal
 
 from jobs.demo import DemoOptions
 from jobs.grid import Grid, changed
+from jobs.spec import absolute
 from jobs.tracking import shown
 from model.config import TINY
 from pipeline.config import RunConfig
@@ -118,8 +119,8 @@ def common(options: GridOptions) -> Callable[[RunConfig], RunConfig]:
         own = config.data
         given = replace(
             own,
-            train=located(own.train or data.train),
-            val=located(own.val or data.val),
+            train=absolute(own.train or data.train),
+            val=absolute(own.val or data.val),
             cache_dir=own.cache_dir or data.cache_dir,
             cache_gb=data.cache_gb,
         )
@@ -133,8 +134,3 @@ def common(options: GridOptions) -> Callable[[RunConfig], RunConfig]:
         return changed(config, dict(options.set))
 
     return of
-
-
-def located(shards: str) -> str:
-    """A path from the root, for a job runs in another folder; a URL as it is."""
-    return shards if not shards or "://" in shards else str(Path(shards).resolve())

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.config import RunConfig
@@ -44,6 +44,21 @@ class JobSpec:
     @staticmethod
     def from_json(text: str) -> "JobSpec":
         return JobSpec(**json.loads(text))
+
+
+def from_the_root(config: RunConfig) -> RunConfig:
+    """The config with its local paths absolute: a job runs in another folder than its submitter."""
+    data, init = config.data, config.init
+    return replace(
+        config,
+        data=replace(data, train=absolute(data.train), val=absolute(data.val)),
+        init=replace(init, backbone=absolute(init.backbone), weights=absolute(init.weights)),
+    )
+
+
+def absolute(place: str) -> str:
+    """A path from the root; URLs, and none at all, stay what they are."""
+    return place if not place or "://" in place else str(Path(place).resolve())
 
 
 def code_version() -> str:
