@@ -190,8 +190,15 @@ def test_a_local_cluster_is_closed_to_the_network_and_leaves_nothing_behind(tmp_
     before = {p.pid for p in psutil.process_iter()}
     kept = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     with local_cluster():
+        deadline = time.monotonic() + 60
+        family: list[psutil.Process] = []
+        # The dashboard answers before the raylet has been started.
+        while not any("raylet" in p.name() for p in family):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+            family = psutil.Process().children(recursive=True)
+        time.sleep(5)  # for the raylet's own children
         family = psutil.Process().children(recursive=True)
-        assert any("raylet" in p.name() for p in family)
         hosts = listening(family)
         assert len(hosts) > 5
         assert set(hosts) <= LOOPBACK
