@@ -102,7 +102,8 @@ def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(
         "image_id", "category_id", "bbox", "score",
     }  # fmt: skip
     of_the_run = json.loads((folder / "evaluations" / "best-detections.json").read_text())
-    assert of_the_run == json.loads((tmp_path / "results.json").read_text())
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert sorted(map(str, of_the_run)) == sorted(map(str, again))
     drawn_again = run_command("pipeline", "predict", "--checkpoint", folder, "--data",
                               drawn.shards / "val", "--output", tmp_path / "p.png")  # fmt: skip
     assert drawn_again.returncode == 0, drawn_again.stderr
