@@ -18,7 +18,6 @@ from jobs.spec import JobSpec, code_version, from_the_root
 from jobs.submit import connect, follow, stop, submit
 from jobs.tracking import shown
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
-from pipeline.data.loader import micro_batch_size
 from pipeline.errors import UserError
 
 
@@ -134,6 +133,8 @@ def check(options: SubmitOptions) -> None:
             f"grace {options.grace:g} s, resize-interval {options.resize_interval:g} s: expected "
             f"at least 1 and above 0"
         )
+    from pipeline.data.loader import micro_batch_size  # brings torch
+
     for workers in range(options.min_workers or options.workers, options.workers + 1):
         micro_batch_size(options.config, workers)
     if shown(options.tracking_uri) != options.tracking_uri:

@@ -20,7 +20,6 @@ from jobs.papers_grids import PAPERS_GRIDS
 from jobs.spec import JobSpec
 from jobs.submit import connect
 from pipeline.cli import parse
-from pipeline.data.loader import micro_batch_size
 from pipeline.errors import UserError
 
 # Seconds that a cluster may not answer: one elsewhere may be restarted, or the network be away.
@@ -47,6 +46,8 @@ def run_grid(args: list[str]) -> None:
     folder = (options.output or Path("outputs/grids") / called(grid, options)).resolve()
     require_same_grid(folder, called(grid, options))
     wanted = entries(grid, options.scale == "demo", options.seeds, common(options))
+    from pipeline.data.loader import micro_batch_size  # brings torch
+
     for entry in wanted:
         micro_batch_size(entry.config, options.workers)
     if options.dry_run:

@@ -14,6 +14,7 @@ from typing import Any
 
 from jobs.grid import Entry
 from jobs.spec import ROOT, code_version
+from jobs.tracking import flat
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.tracking import read_lines
@@ -172,15 +173,6 @@ def identity(config: RunConfig) -> dict[str, Any]:
     data."""
     config = replace(config, model=replace(config.model, num_classes=2))
     return flat(config.identity())
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
-            f"{prefix}{name}": value
-        }  # fmt: skip
-    return found
 
 
 def set_aside(grid: Path, entry: Entry) -> Path:

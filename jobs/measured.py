@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.published import METRICS, meant, published
+from pipeline.config import LOCATIONS
 from pipeline.errors import UserError
 from pipeline.tracking import read_lines
 
@@ -369,7 +370,7 @@ def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in config.items():
         fields = value.items() if isinstance(value, dict) else [("", value)]
         flat |= {f"{name}.{key}".rstrip("."): setting for key, setting in fields}
-    aside = {"data.train", "data.val", "data.cache_dir", "data.cache_gb"}
+    aside = {f"data.{name}" for name in LOCATIONS}
     aside |= {name for name in flat if name.startswith("engine.")} - {"engine.precision"}
     return {name: value for name, value in flat.items() if name not in aside}
 

@@ -9,9 +9,7 @@ from pipeline.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC_VARIABLE = "TRAINING_JOB"  # of the job's environment, holding a `JobSpec` as JSON
-JOB_VARIABLE = (
-    "TRAINING_JOB_KEY"  # of the driver's environment: the same for all of a job's drivers
-)
+JOB_VARIABLE = "TRAINING_JOB_KEY"  # of all of a job's drivers: a name that they share
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Collective functions must be called by every rank.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,6 +113,20 @@ class CheckpointWriter:
             )
         except Exception as error:  # told by the training thread
             self._failure = error
+
+
+class Clock:
+    """When the next checkpoint is due, by the time of one process."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = minutes * 60
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.monotonic()
+
+    def due(self) -> bool:
+        return self.seconds > 0 and time.monotonic() - self.since >= self.seconds
 
 
 def resume(state: State, folder: Path, warn: Callable[[str], None]) -> Progress | None:

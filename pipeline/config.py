@@ -20,6 +20,10 @@ def _require(condition: bool, what: str, got: object, expected: str) -> None:
         raise ValueError(f"{what}: got {got!r}, expected {expected}")
 
 
+# Fields of `data` that say where it lies, not what it is.
+LOCATIONS = ("train", "val", "cache_dir", "cache_gb")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the shards are, and how categories become class columns."""
@@ -229,7 +233,7 @@ class RunConfig:
         """What decides the result: neither where the data lies (it has a digest of its own) nor
         how the work is spread over processes."""
         identity = dataclasses.asdict(self)
-        for location in ("train", "val", "cache_dir", "cache_gb"):
+        for location in LOCATIONS:
             del identity["data"][location]
         identity["engine"] = {"precision": self.engine.precision}
         return identity

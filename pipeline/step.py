@@ -1,6 +1,5 @@
 """One optimizer step: the passes of a global batch, what all ranks have to agree on, the update."""
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -86,17 +85,3 @@ def reason(said: list[str], step: int, scale: float, dynamic: bool) -> str:
         return "; ".join(messages)
     gradient = f"step {step}: the loss is finite, and the gradient is not"
     return f"{gradient}, at loss scale {scale:g}" if dynamic else gradient
-
-
-class Clock:
-    """When the next checkpoint is due, by the time of one process."""
-
-    def __init__(self, minutes: float) -> None:
-        self.seconds = minutes * 60
-        self.restart()
-
-    def restart(self) -> None:
-        self.since = time.monotonic()
-
-    def due(self) -> bool:
-        return self.seconds > 0 and time.monotonic() - self.since >= self.seconds

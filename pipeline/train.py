@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from model.detr import build_model
 from pipeline.bad_step import require_finite_weights
+from pipeline.checkpoint import Clock
 from pipeline.checkpoint_store import Progress, checkpoint_path, load_model
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
@@ -22,7 +23,7 @@ from pipeline.errors import Stopped
 from pipeline.evaluate import detect, gather, summarize
 from pipeline.run import Run, resume, started
 from pipeline.run_folder import write_detections, write_evaluation
-from pipeline.step import Clock, summed, take_step
+from pipeline.step import summed, take_step
 from pipeline.visualize import draw_predictions
 
 
