@@ -154,8 +154,14 @@ def root_cause(error: BaseException) -> BaseException:
 
 def in_a_line(error: BaseException) -> str:
     """What happened. Of a process that is gone Ray tells in many lines, the reason in one of them:
-    "The actor died because its node has died."."""
-    because = re.search(r"The actor[^.\n]* because[^.\n]*", str(error))
+    "The actor died because its node has died.", "Memory on the node (IP: 10.0.0.1, ID: 3d40) was
+    22GB used / 23GB limit (0.95)"."""
+    text = str(error)
+    memory = re.search(r"Memory on the node \(IP: ([^,]+),.*?\) was (.+?) used / (.+?) limit", text)
+    if memory:
+        node, used, limit = memory.groups()
+        return f"a worker was killed: node {node} ran low on memory ({used} used of {limit})"
+    because = re.search(r"The actor[^.\n]* because[^.\n]*", text)
     if because:
         return because.group().replace("The actor", "a worker", 1)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (text.strip().splitlines() or [type(error).__name__])[0]

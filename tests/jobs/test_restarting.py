@@ -123,6 +123,13 @@ def test_failures_are_told_in_a_line():
     assert (
         in_a_line(RuntimeError(died)) == "The actor died unexpectedly before finishing this task."
     )
+    memory = (
+        "A worker health check failed.\n6 worker(s) were killed due to the node running low on "
+        "memory. Memory on the node (IP: 10.0.0.1, ID: 3d40) was 21.93GB used / 23.54GB limit (0.93)"
+    )
+    assert in_a_line(RuntimeError(memory)) == (
+        "a worker was killed: node 10.0.0.1 ran low on memory (21.93GB used of 23.54GB)"
+    )
     assert in_a_line(RuntimeError()) == "RuntimeError"
 
 
