@@ -125,7 +125,7 @@ def test_failures_are_told_in_a_line():
     )
     memory = (
         "A worker health check failed.\n6 worker(s) were killed due to the node running low on "
-        "memory. Memory on the node (IP: 10.0.0.1, ID: 3d40) was 21.93GB used / 23.54GB limit (0.93)"
+        "memory. Memory on the node (IP: 10.0.0.1, ID: 3d40) was 21.93GB used / 23.54GB limit "
     )
     assert in_a_line(RuntimeError(memory)) == (
         "a worker was killed: node 10.0.0.1 ran low on memory (21.93GB used of 23.54GB)"
