@@ -54,7 +54,8 @@ def connect(address: str) -> Any:
 def submit(client: Any, spec: JobSpec, name: str) -> str:
     """Submits the job and returns its id: the name and the number of the attempt.
 
-    A cluster that has just started, without an agent to take jobs yet, is waited for.
+    A cluster that has just started, without an agent to take jobs yet, is waited for, and so is one
+    that drops the connection; what it took of a dropped one counts.
     """
     jobs = client.list_jobs()
     for other in jobs:
@@ -66,9 +67,10 @@ def submit(client: Any, spec: JobSpec, name: str) -> str:
             )
     taken = {job.submission_id for job in jobs}
     attempt = next(n for n in range(len(taken) + 1) if f"{name}-{n}" not in taken)
+    job_id = f"{name}-{attempt}"
     job = {
         "entrypoint": "python -m jobs.entry",
-        "submission_id": f"{name}-{attempt}",
+        "submission_id": job_id,
         "runtime_env": {
             "working_dir": str(ROOT),
             "excludes": EXCLUDES,
@@ -97,7 +99,20 @@ def submit(client: Any, spec: JobSpec, name: str) -> str:
                     f"the cluster takes no jobs: no agent was ready in {AGENT_TIMEOUT:.0f} s; "
                     f"look at its nodes with: ray status"
                 ) from None
-            time.sleep(1)
+        except OSError:  # requests' errors: a busy dashboard has dropped the connection
+            if has_arrived(client, job_id):
+                return job_id
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1)
+
+
+def has_arrived(client: Any, job_id: str) -> bool:
+    """Whether the cluster knows of the job, whose submission it did not answer."""
+    try:
+        return any(job.submission_id == job_id for job in client.list_jobs())
+    except OSError:
+        return False
 
 
 def follow(client: Any, job_id: str) -> str:

@@ -232,12 +232,36 @@ class StartingCluster:
         return job["submission_id"]
 
 
+class DroppingCluster:
+    """One whose dashboard drops the connection of so many submissions, having taken them or not."""
+
+    def __init__(self, refusals: int, takes: bool = False):
+        self.refusals, self.takes, self.taken = refusals, takes, []
+
+    def list_jobs(self):
+        return [SimpleNamespace(submission_id=i, metadata=None) for i in ["run-0", *self.taken]]
+
+    def submit_job(self, **job):
+        dropped, self.refusals = self.refusals > 0, self.refusals - 1
+        if self.takes or not dropped:
+            self.taken.append(job["submission_id"])
+        if dropped:
+            raise ConnectionError("Connection aborted.")
+        return job["submission_id"]
+
+
 def test_a_cluster_that_is_still_starting_is_waited_for(monkeypatch):
     monkeypatch.setattr("jobs.submit.AGENT_TIMEOUT", 10.0)
     spec = JobSpec(config=recipe("demo").to_json(), folder="/runs/x")
     assert submit(StartingCluster(1), spec, "run") == "run-1"
     with pytest.raises(RuntimeError, match="disk"):
         submit(StartingCluster(1, "disk full"), spec, "run")
+    assert submit(DroppingCluster(refusals=2), spec, "run") == "run-1"
+    dropped = DroppingCluster(refusals=1, takes=True)
+    assert submit(dropped, spec, "run") == "run-1"
+    assert dropped.taken == ["run-1"]  # not submitted twice
     monkeypatch.setattr("jobs.submit.AGENT_TIMEOUT", 0.0)
+    with pytest.raises(ConnectionError):
+        submit(DroppingCluster(refusals=1), spec, "run")
     with pytest.raises(UserError, match="takes no jobs"):
         submit(StartingCluster(9), spec, "run")
