@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+from pipeline.whole_file import write_whole
+
 LOOK_EVERY = 2.0  # seconds
 
 
@@ -23,10 +25,7 @@ class Fence:
     def begin(self) -> int:
         """Names a new attempt, to the end of those before it; returns its number."""
         number = time.time_ns()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text(json.dumps({"job": self.job, "attempt": number}), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_whole(self.path, json.dumps({"job": self.job, "attempt": number}))
         return number
 
     def over(self, number: int) -> bool:

@@ -6,7 +6,6 @@ A grid's folder holds `grid.json` (its cells), `runs/` (their run folders), `rec
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from jobs.tracking import flat
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.tracking import read_lines
+from pipeline.whole_file import write_whole
 
 # What decides a result beside config and data.
 CODE = ("cuda_ops", "model", "pipeline")
@@ -183,16 +183,13 @@ def set_aside(grid: Path, entry: Entry) -> Path:
     while (aside / f"{entry.run}-{number}").exists():
         number += 1
     target = aside / f"{entry.run}-{number}"
-    os.rename(folder, target)
+    folder.rename(target)
     (grid / "records" / f"{entry.run}.json").unlink(missing_ok=True)
     return target
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(content, indent=1))
 
 
 def read_grid(folder: Path) -> dict[str, Any]:

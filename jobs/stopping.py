@@ -4,11 +4,11 @@
 removes it.
 """
 
-import os
 import time
 from pathlib import Path
 
 from pipeline.stop import STOP_FILE
+from pipeline.whole_file import write_whole
 
 ASKED = "asked"  # by a person, a signal or the cluster's jobs API: the job ends
 PREEMPTED = "preempted"  # a node is about to go: the job goes on elsewhere
@@ -20,10 +20,7 @@ class StopFile:
         self.path = folder / STOP_FILE
 
     def ask(self, reason: str) -> None:
-        aside = self.path.parent / "ray" / STOP_FILE
-        aside.parent.mkdir(exist_ok=True)
-        aside.write_text(reason, encoding="utf-8")
-        os.replace(aside, self.path)
+        write_whole(self.path, reason, aside=self.path.parent / "ray")
 
     def answer(self) -> str:
         """Called once training has stopped: removes the request and returns its reason."""

@@ -1,7 +1,6 @@
 """The files of a run folder beside its checkpoints and metrics: identity, evaluations, the best."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from pipeline.dataset import Dataset
 from pipeline.errors import FolderInUse, UserError
 from pipeline.evaluate import Evaluation
 from pipeline.stop import STOP_FILE
+from pipeline.whole_file import write_whole
 
 # What may be in the folder of a run that has not begun: of its launcher, and the lock.
 BEFORE_A_RUN = frozenset(("ray", "mlflow.json", "lock", STOP_FILE))
@@ -147,6 +147,4 @@ def _evaluation_path(folder: Path, step: int) -> Path:
 
 
 def _write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=indent), encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(content, indent=indent))

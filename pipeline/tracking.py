@@ -5,10 +5,11 @@ Every line has `kind` ("train", "evaluation" or "event"), `step` (optimizer step
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+from pipeline.whole_file import write_whole
 
 
 class MetricsLog:
@@ -29,9 +30,7 @@ class MetricsLog:
             return
         lines = [line for line in read_lines(self.path) if line["step"] <= step]
         kept = [line for line in lines if line["kind"] != "evaluation" or line["epoch"] <= epoch]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
