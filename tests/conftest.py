@@ -3,10 +3,13 @@
 Also what several test processes (`make test`) need to get along.
 """
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes long tests come first, lest one is left with them at the end."""
     if ONE_OF_SEVERAL:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_given_back() -> Iterator[None]:
+    """After each file of tests: glibc would keep gigabytes of freed models, of which Ray's memory
+    monitor, near a machine's end, kills the workers of other tests."""
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 @dataclass(frozen=True)
