@@ -1,21 +1,20 @@
-"""`python -m jobs submit|grid|compare|demo|status|logs|stop`: training jobs on a Ray cluster."""
+"""`python -m jobs submit|grid|compare|demo|status|logs|stop|resume`: training jobs on Ray."""
 
-import re
 import signal
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
-from jobs.cluster import local_cluster
 from jobs.demo import DemoOptions, demo
 from jobs.grid_command import run_grid
 from jobs.grid_status import status
+from jobs.launch import finish, launch
+from jobs.resume import run_resume
 from jobs.spec import JobSpec, code_version, from_the_root
-from jobs.submit import connect, follow, stop, submit
+from jobs.submit import connect, stop
 from jobs.tracking import shown
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
 from pipeline.errors import UserError
@@ -108,13 +107,7 @@ def run_submit(args: list[str]) -> None:
         experiment=options.experiment,
         code=code_version(),
     )
-    with ExitStack() as stack:
-        address = options.address or stack.enter_context(local_cluster())
-        client = connect(address)
-        job_id = submit(client, spec, re.sub(r"[^A-Za-z0-9_.-]", "_", options.output.name))
-        print(f"submitted {job_id} to {address}", flush=True)
-        if options.wait or not options.address:
-            finish(client, job_id, stop_on_interrupt=not options.address)
+    launch(spec, options.address, options.wait)
 
 
 def check(options: SubmitOptions) -> None:
@@ -143,18 +136,6 @@ def check(options: SubmitOptions) -> None:
             f"would show to all who see the job; set MLFLOW_TRACKING_URI, or "
             f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, where Ray is started"
         )
-
-
-def finish(client: Any, job_id: str, stop_on_interrupt: bool) -> None:
-    try:
-        status = follow(client, job_id)
-    except BaseException:
-        if stop_on_interrupt:
-            print("saving; interrupt once more to end at once", file=sys.stderr, flush=True)
-            stop(client, job_id)
-        raise
-    if status != "SUCCEEDED":
-        raise UserError(f"job {job_id} ended as {status}; its log is above")
 
 
 def run_logs(args: list[str]) -> None:
@@ -234,6 +215,7 @@ COMMANDS = {
     "status": Command(run_status, "the cluster's jobs, or a grid's cells"),
     "logs": Command(run_logs, "follow a job's log"),
     "stop": Command(run_stop, "stop a job"),
+    "resume": Command(run_resume, "go on with a run or a grid, as it was begun"),
     "compare": Command(run_compare, "a grid or runs beside the paper and each other, as a report"),
 }
 

@@ -9,18 +9,22 @@ import secrets
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from jobs.restarts import Restarts
 from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
 from pipeline.parent import end_with_parent
+from pipeline.whole_file import write_whole
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main() -> int:
     spec = JobSpec.from_json(os.environ[SPEC_VARIABLE])
+    with suppress(OSError):  # of a folder that cannot be made the driver tells
+        write_whole(Path(spec.folder) / "ray" / "job.json", spec.to_json())  # for jobs resume
     environment = {**os.environ, JOB_VARIABLE: secrets.token_hex(8)}
     asked: list[int] = []
 

@@ -58,7 +58,7 @@ def run_grid(args: list[str]) -> None:
     if options.plan:
         plan(folder, wanted, options)
         return
-    train(grid, folder, wanted, options)
+    train(grid, folder, wanted, options, args)
 
 
 def require_same_grid(folder: Path, name: str) -> None:
@@ -94,7 +94,9 @@ def chosen(wanted: list[Entry], options: GridOptions) -> list[Entry]:
     return runs(e for e in wanted if not options.only or e.cell in options.only)
 
 
-def train(grid: Grid, folder: Path, wanted: list[Entry], options: GridOptions) -> None:
+def train(
+    grid: Grid, folder: Path, wanted: list[Entry], options: GridOptions, args: list[str]
+) -> None:
     if not options.address and options.data.train:
         from pipeline.dataset import open_shards
 
@@ -102,7 +104,7 @@ def train(grid: Grid, folder: Path, wanted: list[Entry], options: GridOptions) -
             open_shards(location, wanted[0].config.data)  # look before Ray is started
     with ExitStack() as stack:
         stack.enter_context(sole(folder))
-        write_grid(folder, called(grid, options), grid.baseline, wanted)
+        write_grid(folder, called(grid, options), grid.baseline, wanted, args)
         found = looked(folder, wanted, options)
         todo = []
         for entry in chosen(wanted, options):
@@ -162,7 +164,9 @@ def sole(folder: Path) -> Any:
         ) from None
 
 
-def write_grid(folder: Path, name: str, baseline: str, wanted: list[Entry]) -> None:
+def write_grid(
+    folder: Path, name: str, baseline: str, wanted: list[Entry], args: list[str]
+) -> None:
     cells = [
         {
             "name": entry.cell,
@@ -173,7 +177,9 @@ def write_grid(folder: Path, name: str, baseline: str, wanted: list[Entry]) -> N
         }
         for entry in wanted
     ]
-    write_json(folder / "grid.json", {"name": name, "baseline": baseline or None, "cells": cells})
+    command = {"arguments": args, "directory": str(Path.cwd())}  # for jobs resume
+    content = {"name": name, "baseline": baseline or None, "cells": cells, "command": command}
+    write_json(folder / "grid.json", content)
 
 
 def say(line: str) -> None:

@@ -152,10 +152,10 @@ def test_a_job_without_room_says_so_and_can_be_stopped(drawn, cluster, tmp_path,
     assert "stopped as asked" in job.communicate(timeout=60)[0]
 
 
-def test_an_interrupted_local_run_saves_and_goes_on(drawn, tmp_path):
+def test_an_interrupted_local_run_saves_and_goes_on(drawn, tmp_path, run_command):
     run = Run(tmp_path / "run")
     command = [
-        sys.executable, "-m", "jobs", *map(str, options(drawn, run.folder, 40, "--workers", 2))
+        sys.executable, "-m", "jobs", *map(str, options(drawn, run.folder, 12, "--workers", 2))
     ]  # fmt: skip
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
@@ -170,7 +170,11 @@ def test_an_interrupted_local_run_saves_and_goes_on(drawn, tmp_path):
         "interrupted; what it started is stopped; the same command goes on"
     )
     assert run.lines("event")[-1]["event"] == "stopped"
-    assert checkpoint_steps(run.folder)[-1] == run.step() < 200
+    assert checkpoint_steps(run.folder)[-1] == run.step() < 60
+    resumed = run_command("jobs", "resume", run.folder, "--workers", 1)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert run.step() == 60
+    assert [line["world"] for line in run.lines("event") if line["event"] == "start"] == [2, 1]
 
 
 def test_jobs_are_listed_and_an_unknown_one_is_refused(cluster, run_command):
