@@ -1,11 +1,13 @@
 """How each run of a grid stands, and what its command would do about it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.grid import Entry, runs
 from jobs.grid_options import GridOptions
-from jobs.grid_state import CHANGED, DONE, RESUME, Code, Found, look
+from jobs.grid_pruning import Pruning
+from jobs.grid_state import CHANGED, DONE, PRUNED, RESUME, Code, Found, look
 from jobs.grid_status import columns
 from pipeline.config import DataConfig
 from pipeline.errors import UserError
@@ -29,17 +31,32 @@ def digests(found: list[Entry]) -> dict[str, dict[str, str]]:
     return by_run
 
 
-def looked(folder: Path, wanted: list[Entry], options: GridOptions) -> dict[str, Found]:
+def looked(
+    folder: Path, wanted: list[Entry], options: GridOptions, pruning: Pruning
+) -> dict[str, Found]:
     """How each run stands, by its name."""
     code, data = Code.present(), digests(runs(wanted))
-    return {
-        entry.run: look(folder, entry, data[entry.run], code, options.rerun_changed_code)
-        for entry in runs(wanted)
-    }
+    found = {}
+    for entry in runs(wanted):
+        one = look(folder, entry, data[entry.run], code, options.rerun_changed_code)
+        if one.state == RESUME and one.record.outcome == PRUNED:
+            flag = pruning.flag(entry)
+            if pruning.stop and flag:
+                one = replace(one, state=PRUNED, why=flag)
+            else:
+                one = replace(one, why="; ".join(filter(None, (pruned_before(flag), one.why))))
+        found[entry.run] = one
+    return found
 
 
-def dry_run(name: str, folder: Path, wanted: list[Entry], options: GridOptions) -> None:
-    found = looked(folder, wanted, options)
+def pruned_before(flag: str) -> str:
+    return f"pruned before: {flag}" if flag else "pruned before, and within the band now"
+
+
+def dry_run(
+    name: str, folder: Path, wanted: list[Entry], options: GridOptions, pruning: Pruning
+) -> None:
+    found = looked(folder, wanted, options, pruning)
     cells = [("cell", "seed", "would", "difference from the baseline")]
     for entry in wanted:
         differs = [f"{k} {short(a)} -> {short(b)}" for k, (a, b) in entry.differences.items()]
@@ -63,6 +80,7 @@ def action(found: Found) -> str:
     now = found.progress
     return {
         DONE: f"do nothing: done{why}",
+        PRUNED: f"do nothing: pruned{why}",
         RESUME: f"go on after epoch {now.epoch:.1f} of {now.epochs}{why}",
         CHANGED: f"train anew, and move the old run to replaced/{why}",
     }.get(found.state, f"train{', as it failed' if why else ''}{why}")
