@@ -51,8 +51,7 @@ def run_grid(args: list[str]) -> None:
 
     for entry in wanted:
         micro_batch_size(entry.config, options.workers)
-    baseline = grid.baseline or grid.cells[0].name
-    band = pruning(folder, wanted, baseline, options.reference, options.band, options.prune)
+    band = pruning(folder, wanted, grid.reference, options.reference, options.band, options.prune)
     if options.dry_run:
         dry_run(called(grid, options), folder, wanted, options, band)
         return
@@ -80,6 +79,8 @@ def plan(folder: Path, wanted: list[Entry], options: GridOptions) -> None:
 
     planned = []
     for entry in chosen(wanted, options):
+        if entry.evaluates:
+            continue
         found = look(folder, entry, {}, Code.present(), options.rerun_changed_code)
         now = found.progress
         if found.state != DONE:
@@ -111,9 +112,11 @@ def train(
         found = looked(folder, wanted, options, band)
         todo = []
         for entry in chosen(wanted, options):
-            say(f"{entry.run}: {action(found[entry.run])}")
+            say(f"{entry.run}: {action(found[entry.run], entry)}")
             if found[entry.run].state not in (DONE, PRUNED):
                 todo.append(entry)
+        # What the others are held against has to be there in time.
+        todo.sort(key=lambda entry: entry.cell != grid.reference)
         if todo:
             address = options.address or stack.enter_context(local_cluster())
             # Brings Ray, which reads once, at import, the token that a local cluster has set.

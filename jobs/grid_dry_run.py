@@ -61,7 +61,7 @@ def dry_run(
     for entry in wanted:
         differs = [f"{k} {short(a)} -> {short(b)}" for k, (a, b) in entry.differences.items()]
         own = entry.folder == f"runs/{entry.cell}-seed{entry.seed}"
-        would = action(found[entry.run]) if own else f"share the run {entry.run}"
+        would = action(found[entry.run], entry) if own else f"share the run {entry.run}"
         if options.only and entry.cell not in options.only:
             would = "be left as it is (--only)"
         cells.append((entry.cell, str(entry.seed), would, ", ".join(differs) or "-"))
@@ -75,9 +75,12 @@ def short(value: Any) -> str:
     return text if len(text) < 40 else f"…{text[-36:]}"
 
 
-def action(found: Found) -> str:
+def action(found: Found, entry: Entry) -> str:
     why = f" ({found.why})" if found.why else ""
     now = found.progress
+    if entry.evaluates and found.state != DONE:
+        of = entry.evaluates.rpartition("/")[2]
+        return f"evaluate {of} with test-time augmentation{why}"
     return {
         DONE: f"do nothing: done{why}",
         PRUNED: f"do nothing: pruned{why}",

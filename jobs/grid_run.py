@@ -5,6 +5,7 @@ leaves nothing that the next one does not find.
 """
 
 import re
+import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -85,10 +86,11 @@ class GridRunner:
                 jobs = self.jobs()
                 if jobs is not None:
                     queue += self.collect(jobs)
-                    while queue and len(self.running) < self.room(queue[0]):
-                        if not self.start(queue[0]):
+                    ready = [entry for entry in queue if not self.waits(entry, queue)]
+                    while ready and len(self.running) < self.room(ready[0]):
+                        if not self.start(ready[0]):
                             break
-                        queue.pop(0)
+                        queue.remove(ready.pop(0))
                 self.tell_epochs()
                 self.prune()
                 if queue or self.running:
@@ -148,6 +150,11 @@ class GridRunner:
             self.counted = now
         return min(max(1, self.places), self.submission.parallel or MOST_NODES)
 
+    def waits(self, entry: Entry, queue: Sequence[Entry]) -> bool:
+        """Whether it evaluates a run that is still to be trained."""
+        under_way = [e for e, _ in self.running.values()]
+        return entry.evaluates in [e.folder for e in (*queue, *under_way)]
+
     def start(self, entry: Entry) -> bool:
         """Submits the run; False where the cluster does not answer."""
         if entry.run in self.anew:
@@ -156,6 +163,14 @@ class GridRunner:
         if (flag := self.flag(entry)) and self.pruning.stop:
             self.ended(entry, PRUNED, flag)
             return True
+        entrypoint = {}
+        if entry.evaluates:
+            trained = self.folder / entry.evaluates
+            if not progress(trained).finished:
+                self.ended(entry, FAILED, f"{trained.name}, which it evaluates, is not done")
+                return True
+            command = f"python -m jobs.grid_augmented {shlex.quote(str(trained))}"
+            entrypoint = {"entrypoint": command}
         code = Code.present()  # each time: a job takes the checkout along as it is now
         spec = replace(
             self.submission.spec,
@@ -175,7 +190,7 @@ class GridRunner:
         # Before it is submitted: a command that dies in between leaves an attempt too many.
         record.write(self.folder, entry.run)
         try:
-            job = submit(self.client, spec, name)
+            job = submit(self.client, spec, name, **entrypoint)
         except OSError as error:  # requests' errors are OSErrors
             self.unanswered(error)
             return False

@@ -69,14 +69,14 @@ class ScriptedCluster:
                 self.end(job)
         return list(self.jobs.values())
 
-    def submit_job(self, submission_id, metadata, **_):
+    def submit_job(self, submission_id, metadata, entrypoint="", **_):
         entry = self.entries[metadata["folder"]]
         self.order.append(entry.cell)
         status = SimpleNamespace(value="RUNNING", is_terminal=lambda: False)
         endless = self.script.get(entry.cell) == []
         self.jobs[submission_id] = SimpleNamespace(
             submission_id=submission_id, metadata=metadata, status=status, looks=0, message="",
-            driver_exit_code=None, endless=endless,
+            driver_exit_code=None, endless=endless, entrypoint=entrypoint,
         )  # fmt: skip
         return submission_id
 

@@ -213,7 +213,7 @@ def test_what_is_pruned_is_left_by_prune_alone_and_while_the_flag_holds(trained,
     def how(prune):
         held = pruning(tmp_path, found, "base", (), BAND, prune)
         one = looked(tmp_path, found, GridOptions(prune=prune), held)[slow.run]
-        return one.state, action(one)
+        return one.state, action(one, slow)
 
     assert how(True) == (PRUNED, f"do nothing: pruned ({FLAG})")
     state, said = how(False)

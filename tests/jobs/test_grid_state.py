@@ -3,6 +3,7 @@ that is a script."""
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 
@@ -217,6 +218,26 @@ def test_a_cluster_that_is_away_for_a_while_is_waited_for(cluster, tmp_path, mon
     client.failing_looks = 99
     with pytest.raises(UserError, match=r"did not answer for .* the same command goes on"):
         runner.run(found)
+
+
+def test_an_augmented_evaluation_waits_for_its_run_and_fails_without_it(cluster, tmp_path):
+    for status_, expected in ((0, (DONE, 1)), (2, (FAILED, 0))):
+        found, client, runner, _ = cluster("a", "b", a=[status_], b=[0])
+        twice = replace(found[1], config=found[0].config, evaluates=found[0].folder)
+        client.entries[str(tmp_path / twice.folder)] = twice
+        runner.run([twice, found[0]])
+        assert outcomes(tmp_path, [twice])["b"] == expected
+        jobs = list(client.jobs.values())
+        assert client.order == ["a", "b"][: len(jobs)]
+        trained = tmp_path / found[0].folder
+        if status_ == 0:
+            assert jobs[1].entrypoint == f"python -m jobs.grid_augmented {trained}"
+        else:
+            error = Record.read(tmp_path, twice.run).error
+            assert error == "a-seed42, which it evaluates, is not done"
+        for entry in found:
+            shutil.rmtree(tmp_path / entry.folder, ignore_errors=True)
+            (tmp_path / "records" / f"{entry.run}.json").unlink()
 
 
 def test_success_without_a_run_is_a_failure(cluster, tmp_path, monkeypatch):
