@@ -11,10 +11,16 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.spec import SPEC_VARIABLE, JobSpec
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.tracking import read_lines
+from pipeline.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import Evaluation
 
 SIZES = (0.75, 1.0, 1.25)
 """Of the views, as shares of the evaluation's own. Each is seen mirrored, too."""
@@ -32,7 +38,6 @@ def evaluate(spec: JobSpec, trained: Path, device: str) -> str:
     from pipeline.augmented_evaluation import detect_augmented
     from pipeline.evaluate import ground_truth, summarize, table
     from pipeline.predict import Detector
-    from pipeline.run_folder import write_detections, write_evaluation
 
     started = time.time()
     detector = Detector.load(trained, device)
@@ -48,24 +53,29 @@ def evaluate(spec: JobSpec, trained: Path, device: str) -> str:
         sides(detector.config),
     )  # fmt: skip
     evaluation = summarize(ground_truth(shards), detections)
-    folder, epochs = Path(spec.folder), detector.config.schedule.epochs
+    write(Path(spec.folder), trained, evaluation, started)
+    return table(evaluation)
+
+
+def write(folder: Path, trained: Path, evaluation: "Evaluation", started: float) -> None:
+    """What a finished run's folder has; metrics.jsonl, which tells that it is, comes last."""
+    from pipeline.run_folder import write_detections, write_evaluation
+
+    last = read_lines(trained / "metrics.jsonl")[-1]
+    step, epochs = last["step"], round(last["epoch"])
     folder.mkdir(parents=True, exist_ok=True)
-    step = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     write_detections(folder, evaluation)
     write_evaluation(folder, step, epochs, evaluation)
     shutil.copyfile(trained / "config.json", folder / "config.json")
     classes = {f"AP/{name}": value for name, value in evaluation.per_class.items()}
+    start = {"kind": "event", "step": 0, "epoch": 0.0, "time": started, "event": "start"}
     end = {"step": step, "epoch": float(epochs), "time": time.time()}
-    start = {"step": 0, "epoch": 0.0, "time": started, "event": "start"}
     lines = [
-        {"kind": "event", **start, "world": 1, "steps": step, "epochs": epochs},
+        {**start, "world": 1, "steps": step, "epochs": epochs},
         {"kind": "evaluation", **end, **evaluation.summary, **classes},
         {"kind": "event", **end, "event": "finished"},
     ]
-    aside = folder / "metrics.tmp"
-    aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(aside, folder / "metrics.jsonl")
-    return table(evaluation)
+    write_whole(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main(trained: str) -> int:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jobs.compare import ap_interval, compare
-from jobs.measured import read_grid, read_runs
+from jobs.grid_augmented import write
+from jobs.grid_state import progress
+from jobs.measured import read_grid, read_run, read_runs
 from jobs.noise import DETECTIONS
 from jobs.published import tables
 from jobs.report_text import terminal
@@ -120,6 +122,29 @@ def test_cells_that_share_runs_are_the_same_run_and_count_once(tmp_path):
     assert (comparison.spread.freedom, comparison.spread.cells) == (1, 1)
     row = row_of(comparison, "resnet101")
     assert (row.to_baseline.verdict, row.ordering) == ("same run", "undecided")
+
+
+def test_an_augmented_evaluation_is_a_row_beside_its_runs(tmp_path, evaluated):
+    cells = [cell("resnext101_dcn", "table3/x101_dcn"), cell("tta", "table3/x101_dcn_tta")]
+    trained, augmented = (tmp_path / entry["folder"] for entry in cells)
+    evaluated(tmp_path / "other", 0.5)
+    found = json.loads((tmp_path / "other" / DETECTIONS).read_text())
+    ap = evaluated(trained, 1.5, share=0.6)
+    shards = ShardSet(read_run(trained).val)
+    evaluation = summarize(ground_truth(shards), found)
+    write(augmented, trained, evaluation, 0.0)
+    grid = read_grid(write_grid(tmp_path, cells, "table3", baseline="resnext101_dcn"))
+    comparison = compare(grid, 100)
+    plain, row = row_of(comparison, "resnext101_dcn"), row_of(comparison, "tta")
+    assert comparison.rows[-2:] == (plain, row)
+    assert plain.metrics["AP"] == pytest.approx(100 * ap)
+    assert row.metrics["AP"] == pytest.approx(100 * evaluation.summary["AP"])
+    assert row.finished
+    assert row.paper_to_baseline == pytest.approx(2.2)
+    # Its images are resampled from its own detections, not from the run's.
+    assert row.to_baseline.sources == ("images",)
+    assert (row.to_baseline.verdict, row.ordering) == ("higher", "as in the paper")
+    assert progress(augmented).finished
 
 
 def test_an_unfinished_seed_does_not_count_beside_finished_ones(tmp_path):

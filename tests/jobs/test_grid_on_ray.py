@@ -132,7 +132,7 @@ def test_one_cell_fails_again_one_is_pruned_and_the_other_is_done(drawn, cluster
     shown = command_line("jobs", "status", "--grid", out).stdout
     assert re.search(r"^short +42 +done +1.0/1 +\d\.\d+ +- +1$", shown, re.M)
     assert re.search(r"^broken +42 +failed .*RuntimeError: ", shown, re.M)
-    assert shown.splitlines()[-1] == "4 cells: 2 done, 1 failed, 1 pruned"
+    assert shown.splitlines()[-1] == "4 cells: 1 failed, 2 done, 1 pruned"
 
 
 # Five job starts on two local clusters: minutes.

@@ -63,8 +63,8 @@ def test_near_zero_the_absolute_margin_counts_and_the_lowest_seed():
 
 
 def test_measured_curves_of_the_demo_show_what_the_band_gets_wrong():
-    """docs/models.md, AP at demo scale. The single scale cell is 4.1 behind in the paper's Table 2,
-    which nobody calls hopeless, and would be pruned. docs/grids.md says so."""
+    """docs/models.md, AP at demo scale. In the paper's Table 2 a single scale is 4.1 AP behind, far
+    from hopeless; here it would be pruned, as docs/grids.md says."""
     base = [curve(0.010, 0.032, 0.058, 0.087, 0.113, 0.129)]
     single_scale = [0.006, 0.015, 0.025, 0.036, 0.039, 0.041]
     dc5 = [0.013, 0.014, 0.042, 0.064, 0.091, 0.104]
