@@ -228,7 +228,8 @@ def class_counts(grid: Grid) -> set[int]:
 
 
 def _epochs(run: Run) -> str:
-    return f"epoch {run.epoch:g} of {run.epochs}" if run.epochs else f"epoch {run.epoch:g}"
+    epochs = f"epoch {run.epoch:g} of {run.epochs}" if run.epochs else f"epoch {run.epoch:g}"
+    return f"{epochs}, {run.flag}" if run.flag else epochs
 
 
 def report(targets: tuple[str, ...], output: Path | None, val: str, resamples: int) -> None:

@@ -23,12 +23,14 @@ NOT_CHANGED = ("recipe", "seed")
 class Cell:
     """One experiment: `changes` (values by dotted field, such as "model.num_points") on `base`, a
     recipe's name or a whole `RunConfig`. `published`: the key of what was published of it, such as
-    "table2/fpn"; empty without."""
+    "table2/fpn"; empty without. `tta`: nothing is trained; the best checkpoint of the cell that is,
+    with the same config, is evaluated with test-time augmentation."""
 
     name: str
     base: str | RunConfig
     changes: Mapping[str, Any] = field(default_factory=dict)
     published: str = ""
+    tta: bool = False
 
     def config(self, small: bool = False) -> RunConfig:
         """The run's config; `small`: at demo scale.
@@ -49,7 +51,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells with names of their own; `baseline`: the one that the others are held against."""
+    """Cells with names of their own; `baseline`: the one that the others are held against, the
+    first if empty."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -77,6 +80,10 @@ class Grid:
                 f"{', '.join(names)}"
             )
 
+    @property
+    def reference(self) -> str:
+        return self.baseline or self.cells[0].name
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -90,6 +97,8 @@ class Entry:
     published: str
     differences: dict[str, list[Any]]
     """By dotted field: the baseline's value and this cell's."""
+    evaluates: str = ""
+    """The folder of the run whose best checkpoint this one evaluates; empty for one that trains."""
 
     @property
     def run(self) -> str:
@@ -108,7 +117,7 @@ def entries(
             configs[cell.name] = common(cell.config(small))
         except ValueError as error:
             raise UserError(f"grid {grid.name}, cell {cell.name}: {error}") from None
-    baseline = configs[grid.baseline or grid.cells[0].name]
+    baseline = configs[grid.reference]
     found: list[Entry] = []
     first: dict[RunConfig, Entry] = {}
     for extra in range(seeds):
@@ -123,9 +132,24 @@ def entries(
                 published=cell.published,
                 differences=differences(baseline, config),
             )
-            same = first.setdefault(replace(config, recipe=""), own)
-            found.append(replace(own, config=same.config, folder=same.folder))
-    return found
+            if cell.tta:
+                found.append(replace(own, differences={**own.differences, "tta": [False, True]}))
+            else:
+                same = first.setdefault(replace(config, recipe=""), own)
+                found.append(replace(own, config=same.config, folder=same.folder))
+    augmented = {cell.name for cell in grid.cells if cell.tta}
+    return [evaluating(grid, e, first) if e.cell in augmented else e for e in found]
+
+
+def evaluating(grid: Grid, entry: Entry, trained: Mapping[RunConfig, Entry]) -> Entry:
+    """The entry with the run that it evaluates, one of those trained, by their configs."""
+    run = trained.get(replace(entry.config, recipe=""))
+    if run is None:
+        raise UserError(
+            f"grid {grid.name}, cell {entry.cell}: tta: got no cell that is trained with its "
+            f"config, expected one like it without tta"
+        )
+    return replace(entry, config=run.config, evaluates=run.folder)
 
 
 def runs(found: Iterable[Entry]) -> list[Entry]:

@@ -14,7 +14,8 @@ from jobs.grid import Entry, Grid, entries, runs
 from jobs.grid_dry_run import action, dry_run, looked
 from jobs.grid_file import find_grid
 from jobs.grid_options import DEMO_DATA, GridOptions, called, check, common
-from jobs.grid_state import CHANGED, DONE, RESUME, Code, look, read_grid, write_json
+from jobs.grid_pruning import Pruning, pruning
+from jobs.grid_state import CHANGED, DONE, PRUNED, RESUME, Code, look, read_grid, write_json
 from jobs.grid_status import rows, text
 from jobs.papers_grids import PAPERS_GRIDS
 from jobs.spec import JobSpec
@@ -50,15 +51,16 @@ def run_grid(args: list[str]) -> None:
 
     for entry in wanted:
         micro_batch_size(entry.config, options.workers)
+    band = pruning(folder, wanted, grid.reference, options.reference, options.band, options.prune)
     if options.dry_run:
-        dry_run(called(grid, options), folder, wanted, options)
+        dry_run(called(grid, options), folder, wanted, options, band)
         return
     if options.scale == "demo" and not options.data.train:
         prepare(DEMO_DATA.resolve(), DemoOptions())
     if options.plan:
         plan(folder, wanted, options)
         return
-    train(grid, folder, wanted, options, args)
+    train(grid, folder, wanted, options, band, args)
 
 
 def require_same_grid(folder: Path, name: str) -> None:
@@ -77,6 +79,8 @@ def plan(folder: Path, wanted: list[Entry], options: GridOptions) -> None:
 
     planned = []
     for entry in chosen(wanted, options):
+        if entry.evaluates:
+            continue
         found = look(folder, entry, {}, Code.present(), options.rerun_changed_code)
         now = found.progress
         if found.state != DONE:
@@ -95,7 +99,12 @@ def chosen(wanted: list[Entry], options: GridOptions) -> list[Entry]:
 
 
 def train(
-    grid: Grid, folder: Path, wanted: list[Entry], options: GridOptions, args: list[str]
+    grid: Grid,
+    folder: Path,
+    wanted: list[Entry],
+    options: GridOptions,
+    band: Pruning,
+    args: list[str],
 ) -> None:
     if not options.address and options.data.train:
         from pipeline.dataset import open_shards
@@ -105,12 +114,14 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(sole(folder))
         write_grid(folder, called(grid, options), grid.baseline, wanted, args)
-        found = looked(folder, wanted, options)
+        found = looked(folder, wanted, options, band)
         todo = []
         for entry in chosen(wanted, options):
-            say(f"{entry.run}: {action(found[entry.run])}")
-            if found[entry.run].state != DONE:
+            say(f"{entry.run}: {action(found[entry.run], entry)}")
+            if found[entry.run].state not in (DONE, PRUNED):
                 todo.append(entry)
+        # What the others are held against has to be there in time.
+        todo.sort(key=lambda entry: entry.cell != grid.reference)
         if todo:
             address = options.address or stack.enter_context(local_cluster())
             # Brings Ray, which reads once, at import, the token that a local cluster has set.
@@ -137,16 +148,18 @@ def train(
             )
             anew = {run for run, how in found.items() if how.state == CHANGED}
             try:
-                GridRunner(client, folder, submission, say).run(todo, anew)
+                GridRunner(client, folder, submission, say, band).run(todo, anew)
             finally:
                 print("\n".join(["", *text(rows(folder))]), flush=True)
     left = [row for row in rows(folder) if row.state != DONE]
     left = [row for row in left if not options.only or row.cell in options.only]
     if left:
+        pruned = any(row.state == PRUNED for row in left)
         raise UserError(
             f"{len(left)} of {len(wanted)} cells are not done: "
             f"{', '.join(f'{row.cell} ({row.state})' for row in left)}; logs are in "
             f"{folder / 'logs'}; the same command runs what is left"
+            f"{', pruned ones without --prune' if pruned and options.prune else ''}"
         )
     print(f"all done; python -m jobs compare {folder} sets it beside what was published")
 

@@ -1,11 +1,13 @@
 """How each run of a grid stands, and what its command would do about it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.grid import Entry, runs
 from jobs.grid_options import GridOptions
-from jobs.grid_state import CHANGED, DONE, RESUME, Code, Found, look
+from jobs.grid_pruning import Pruning
+from jobs.grid_state import CHANGED, DONE, PRUNED, RESUME, Code, Found, look
 from jobs.grid_status import columns
 from pipeline.config import DataConfig
 from pipeline.errors import UserError
@@ -29,22 +31,37 @@ def digests(found: list[Entry]) -> dict[str, dict[str, str]]:
     return by_run
 
 
-def looked(folder: Path, wanted: list[Entry], options: GridOptions) -> dict[str, Found]:
+def looked(
+    folder: Path, wanted: list[Entry], options: GridOptions, pruning: Pruning
+) -> dict[str, Found]:
     """How each run stands, by its name."""
     code, data = Code.present(), digests(runs(wanted))
-    return {
-        entry.run: look(folder, entry, data[entry.run], code, options.rerun_changed_code)
-        for entry in runs(wanted)
-    }
+    found = {}
+    for entry in runs(wanted):
+        one = look(folder, entry, data[entry.run], code, options.rerun_changed_code)
+        if one.state == RESUME and one.record.outcome == PRUNED:
+            flag = pruning.flag(entry)
+            if pruning.stop and flag:
+                one = replace(one, state=PRUNED, why=flag)
+            else:
+                one = replace(one, why="; ".join(filter(None, (pruned_before(flag), one.why))))
+        found[entry.run] = one
+    return found
 
 
-def dry_run(name: str, folder: Path, wanted: list[Entry], options: GridOptions) -> None:
-    found = looked(folder, wanted, options)
+def pruned_before(flag: str) -> str:
+    return f"pruned before: {flag}" if flag else "pruned before, and within the band now"
+
+
+def dry_run(
+    name: str, folder: Path, wanted: list[Entry], options: GridOptions, pruning: Pruning
+) -> None:
+    found = looked(folder, wanted, options, pruning)
     cells = [("cell", "seed", "would", "difference from the baseline")]
     for entry in wanted:
         differs = [f"{k} {short(a)} -> {short(b)}" for k, (a, b) in entry.differences.items()]
         own = entry.folder == f"runs/{entry.cell}-seed{entry.seed}"
-        would = action(found[entry.run]) if own else f"share the run {entry.run}"
+        would = action(found[entry.run], entry) if own else f"share the run {entry.run}"
         if options.only and entry.cell not in options.only:
             would = "be left as it is (--only)"
         cells.append((entry.cell, str(entry.seed), would, ", ".join(differs) or "-"))
@@ -58,11 +75,15 @@ def short(value: Any) -> str:
     return text if len(text) < 40 else f"…{text[-36:]}"
 
 
-def action(found: Found) -> str:
+def action(found: Found, entry: Entry) -> str:
     why = f" ({found.why})" if found.why else ""
     now = found.progress
+    if entry.evaluates and found.state != DONE:
+        of = entry.evaluates.rpartition("/")[2]
+        return f"evaluate {of} with test-time augmentation{why}"
     return {
         DONE: f"do nothing: done{why}",
+        PRUNED: f"do nothing: pruned{why}",
         RESUME: f"go on after epoch {now.epoch:.1f} of {now.epochs}{why}",
         CHANGED: f"train anew, and move the old run to replaced/{why}",
     }.get(found.state, f"train{', as it failed' if why else ''}{why}")

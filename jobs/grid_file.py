@@ -15,7 +15,9 @@ from pipeline.recipes import recipe
 
 KEYS = ("name", "baseline", "set", "axes", "cells")
 MOST_CELLS = 1000  # beyond, an axis was surely not meant so
-RECIPE = "recipe"  # the key of a cell that starts from another recipe
+# Keys of a cell beside fields: another recipe to start from, and that it is not trained but
+# evaluated with test-time augmentation.
+RECIPE, TTA = "recipe", "tta"
 
 
 def find_grid(name: str) -> Grid:
@@ -98,8 +100,11 @@ def from_yaml(path: Path) -> Grid:
         of = own.pop(RECIPE, base)
         if not isinstance(of, str):
             raise UserError(f"{where}: {RECIPE}: got {of!r}, expected a recipe's name")
+        tta = own.pop(TTA, False)
+        if not isinstance(tta, bool):
+            raise UserError(f"{where}: {TTA}: got {tta!r}, expected true or false")
         changed_in(where, of, own)
-        cells.append(Cell(str(name), of, own))
+        cells.append(Cell(str(name), of, own, tta=tta))
     if len(cells) == 1:
         raise UserError("got neither axes nor cells, expected some beside the baseline")
     return Grid(str(content.get("name", path.stem)), tuple(cells), baseline="baseline")

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jobs.demo import DemoOptions
 from jobs.grid import Grid, changed
+from jobs.grid_pruning import Band
 from jobs.spec import absolute
 from jobs.tracking import shown
 from model.config import TINY
@@ -71,6 +72,13 @@ class GridOptions:
     """As of jobs submit."""
     rerun_changed_code: bool = False
     """Train runs anew that other code has trained."""
+    prune: bool = False
+    """Stop runs that leave the band of the reference, which otherwise are flagged alone. A slow
+    starter leaves it, too."""
+    reference: tuple[Path, ...] = ()
+    """Run folders that all cells are held against, seeds of one experiment. None: the baseline's
+    own runs in this grid."""
+    band: Band = field(default_factory=Band)
     tracking_uri: str = ""
     """As of jobs submit."""
 

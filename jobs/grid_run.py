@@ -5,6 +5,7 @@ leaves nothing that the next one does not find.
 """
 
 import re
+import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,18 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from jobs.grid import Entry
-from jobs.grid_state import DONE, FAILED, RUNNING, STOPPED, Code, Record, progress, set_aside
+from jobs.grid_pruning import Pruning
+from jobs.grid_state import (
+    DONE,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    STOPPED,
+    Code,
+    Record,
+    progress,
+    set_aside,
+)
 from jobs.resources import room
 from jobs.spec import JobSpec
 from jobs.submit import STOP_MARGIN, submit
@@ -52,8 +64,11 @@ class GridRunner:
         folder: Path,
         submission: Submission,
         say: Callable[[str], None],
+        pruning: Pruning,
     ) -> None:
         self.client, self.folder, self.submission, self.say = client, folder, submission, say
+        self.pruning = pruning
+        self.pruned: set[str] = set()  # runs whose jobs were told to stop
         self.running: dict[str, tuple[Entry, str]] = {}  # by run: the entry and its job
         self.retried: dict[str, int] = {}
         self.evaluated: dict[str, float] = {}
@@ -71,11 +86,13 @@ class GridRunner:
                 jobs = self.jobs()
                 if jobs is not None:
                     queue += self.collect(jobs)
-                    while queue and len(self.running) < self.room(queue[0]):
-                        if not self.start(queue[0]):
+                    ready = [entry for entry in queue if not self.waits(entry, queue)]
+                    while ready and len(self.running) < self.room(ready[0]):
+                        if not self.start(ready[0]):
                             break
-                        queue.pop(0)
+                        queue.remove(ready.pop(0))
                 self.tell_epochs()
+                self.prune()
                 if queue or self.running:
                     time.sleep(POLL)
         except BaseException:
@@ -133,11 +150,27 @@ class GridRunner:
             self.counted = now
         return min(max(1, self.places), self.submission.parallel or MOST_NODES)
 
+    def waits(self, entry: Entry, queue: Sequence[Entry]) -> bool:
+        """Whether it evaluates a run that is still to be trained."""
+        under_way = [e for e, _ in self.running.values()]
+        return entry.evaluates in [e.folder for e in (*queue, *under_way)]
+
     def start(self, entry: Entry) -> bool:
         """Submits the run; False where the cluster does not answer."""
         if entry.run in self.anew:
             self.anew.remove(entry.run)
             self.say(f"{entry.run}: the old run is now {set_aside(self.folder, entry)}")
+        if (flag := self.flag(entry)) and self.pruning.stop:
+            self.ended(entry, PRUNED, flag)
+            return True
+        entrypoint = {}
+        if entry.evaluates:
+            trained = self.folder / entry.evaluates
+            if not progress(trained).finished:
+                self.ended(entry, FAILED, f"{trained.name}, which it evaluates, is not done")
+                return True
+            command = f"python -m jobs.grid_augmented {shlex.quote(str(trained))}"
+            entrypoint = {"entrypoint": command}
         code = Code.present()  # each time: a job takes the checkout along as it is now
         spec = replace(
             self.submission.spec,
@@ -157,7 +190,7 @@ class GridRunner:
         # Before it is submitted: a command that dies in between leaves an attempt too many.
         record.write(self.folder, entry.run)
         try:
-            job = submit(self.client, spec, name)
+            job = submit(self.client, spec, name, **entrypoint)
         except OSError as error:  # requests' errors are OSErrors
             self.unanswered(error)
             return False
@@ -195,7 +228,8 @@ class GridRunner:
         """How an attempt ended, and why where it failed."""
         said = self.keep_log(entry, job.submission_id)
         if job.status.value == "STOPPED" or job.driver_exit_code == WAS_STOPPED:
-            return STOPPED, ""
+            pruned = entry.run in self.pruned
+            return (PRUNED, Record.read(self.folder, entry.run).flag) if pruned else (STOPPED, "")
         if job.status.value == "SUCCEEDED" and progress(self.folder / entry.folder).finished:
             return DONE, ""
         if job.status.value == "SUCCEEDED":
@@ -219,8 +253,9 @@ class GridRunner:
         return [line for line in log.splitlines() if line.strip()]
 
     def ended(self, entry: Entry, outcome: str, error: str) -> None:
-        record = Record.read(self.folder, entry.run)
-        replace(record, outcome=outcome, error=error).write(self.folder, entry.run)
+        record = replace(Record.read(self.folder, entry.run), outcome=outcome, error=error)
+        replace(record, flag="" if outcome == DONE else record.flag).write(self.folder, entry.run)
+        self.pruned.discard(entry.run)
         self.say(f"{entry.run}: {outcome}{': ' if error else ''}{error}")
 
     def tell_epochs(self) -> None:
@@ -236,6 +271,28 @@ class GridRunner:
             self.say(
                 f"{entry.run}: epoch {now.evaluated:.0f}/{now.epochs}, best AP so far {now.ap:.3f}"
             )
+
+    def prune(self) -> None:
+        """Flags running cells that seem hopeless, and with --prune has their jobs save and end."""
+        for entry, job in self.running.values():
+            if entry.run in self.pruned or not self.flag(entry) or not self.pruning.stop:
+                continue
+            try:
+                self.client.stop_job(job)
+            except (OSError, RuntimeError) as error:
+                self.unanswered(error)
+            else:
+                self.pruned.add(entry.run)
+                self.say(f"{entry.run}: saving, to be pruned")
+
+    def flag(self, entry: Entry) -> str:
+        """Why the run seems hopeless, "" where it does not; a change is said and recorded."""
+        flag, record = self.pruning.flag(entry), Record.read(self.folder, entry.run)
+        if flag != record.flag:
+            replace(record, flag=flag).write(self.folder, entry.run)
+        if bool(flag) != bool(record.flag):
+            self.say(f"{entry.run}: {f'flagged: {flag}' if flag else 'no longer flagged'}")
+        return flag
 
     def stop(self) -> None:
         """Has every job save and end, all at the same time."""

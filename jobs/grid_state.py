@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ CODE = ("cuda_ops", "model", "pipeline")
 SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 MISSING, RESUME, DONE, FAILED, CHANGED = "missing", "half done", "done", "failed", "changed"
-RUNNING, STOPPED = "running", "stopped"  # and FAILED, DONE: how a record's last attempt stands
+# And FAILED, DONE: how a record's last attempt stands. PRUNED is also what --prune leaves alone.
+RUNNING, STOPPED, PRUNED = "running", "stopped", "pruned"
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,15 @@ class Code:
 @dataclass(frozen=True)
 class Record:
     """What the grid's command remembers of one run: `outcome` of the last attempt and why it
-    failed, its job, and the code of every attempt (digest -> commit)."""
+    failed, its job, the code of every attempt (digest -> commit), and what makes an unfinished run
+    seem hopeless."""
 
     attempts: int = 0
     outcome: str = ""
     error: str = ""
     job: str = ""
     code: dict[str, str] = field(default_factory=dict)
+    flag: str = ""
 
     @staticmethod
     def read(grid: Path, run: str) -> "Record":
@@ -76,7 +80,7 @@ class Record:
 @dataclass(frozen=True)
 class RunProgress:
     """Read from `metrics.jsonl`. `epoch` is a fraction, `evaluated` the last
-    one with an evaluation, `ap` the best so far (-1: none), `left`
+    one with an evaluation, `ap` the best so far (-1: none), `curve` epoch and AP of each, `left`
     the seconds to the end at this start's speed (-1: unknown), `last` the time of the last line."""
 
     epoch: float = 0.0
@@ -86,15 +90,26 @@ class RunProgress:
     left: float = -1.0
     finished: bool = False
     last: float = 0.0
+    curve: tuple[tuple[float, float], ...] = ()
 
 
 def progress(folder: Path) -> RunProgress:
     path = folder / "metrics.jsonl"
-    lines = read_lines(path) if path.exists() else []
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return RunProgress()
+    return _progress(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=1000)  # a grid's command looks every two seconds, also at runs that stand still
+def _progress(path: Path, changed: int, size: int) -> RunProgress:
+    lines = read_lines(path)
     if not lines:
         return RunProgress()
     starts = [x for x in lines if x.get("event") == "start"]
     steps = [x for x in lines if x["kind"] == "train"]
+    curve = tuple((x["epoch"], x["AP"]) for x in lines if x["kind"] == "evaluation")
     left = -1.0
     if starts and steps and steps[-1]["step"] > starts[-1]["step"]:
         start, end = starts[-1], steps[-1]
@@ -103,11 +118,12 @@ def progress(folder: Path) -> RunProgress:
     return RunProgress(
         epoch=max(x["epoch"] for x in lines),
         epochs=starts[-1]["epochs"] if starts else 0,
-        ap=max((x["AP"] for x in lines if x["kind"] == "evaluation"), default=-1.0),
-        evaluated=max((x["epoch"] for x in lines if x["kind"] == "evaluation"), default=0.0),
+        ap=max((ap for _, ap in curve), default=-1.0),
+        evaluated=max((epoch for epoch, _ in curve), default=0.0),
         left=left,
         finished=any(x.get("event") == "finished" for x in lines),
         last=lines[-1]["time"],
+        curve=curve,
     )
 
 

@@ -11,6 +11,7 @@ from jobs.grid_state import (
     DONE,
     FAILED,
     MISSING,
+    PRUNED,
     RESUME,
     RUNNING,
     STOPPED,
@@ -43,7 +44,9 @@ def rows(folder: Path) -> list[Row]:
         record = Record.read(folder, Path(cell["folder"]).name)
         now = progress(folder / cell["folder"])
         state = state_of(record, now)
-        note = record.error if state == FAILED else ""
+        note = record.error if state in (FAILED, PRUNED) else ""
+        if state in (RUNNING, STOPPED) and record.flag:
+            note = f"flagged: {record.flag}"
         if state == RUNNING and quiet(now) > QUIET:
             note = f"no line for {duration(quiet(now))}; was its command killed?"
         if not cell["folder"].startswith(f"runs/{cell['name']}-seed"):
@@ -55,7 +58,7 @@ def rows(folder: Path) -> list[Row]:
 def state_of(record: Record, now: RunProgress) -> str:
     if now.finished:
         return DONE
-    if record.outcome in (RUNNING, FAILED, STOPPED):
+    if record.outcome in (RUNNING, FAILED, STOPPED, PRUNED):
         return record.outcome
     return RESUME if now.last else MISSING
 

@@ -7,7 +7,7 @@ problems: what is finished stays readable whatever else is broken.
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Measurement:
 class Run:
     """One run folder. `curve`: its evaluations by step; `best`: the first of the highest AP, which
     is also the one whose detections the pipeline keeps; `config`: of config.json, empty where there
-    is none."""
+    is none; `flag`: why its grid took it for hopeless, "" where it did not."""
 
     folder: Path
     seed: int
@@ -44,6 +44,7 @@ class Run:
     curve: tuple[Measurement, ...] = ()
     best: Measurement | None = None
     problems: tuple[str, ...] = ()
+    flag: str = ""
 
     @property
     def epochs(self) -> int:
@@ -286,10 +287,19 @@ def _cell(folder: Path, entries: list[dict[str, Any]]) -> Cell:
     first = entries[0]
     return Cell(
         first["name"],
-        tuple(read_run(folder / entry["folder"], entry["seed"]) for entry in entries),
+        tuple(_run_of(folder, entry) for entry in entries),
         first["published"],
         {name: (old, new) for name, (old, new) in first["differences"].items()},
     )
+
+
+def _run_of(grid: Path, entry: dict[str, Any]) -> Run:
+    """A run with what the grid remembers of it."""
+    run, problems = read_run(grid / entry["folder"], entry["seed"]), list[str]()
+    record = _read(grid / "records" / f"{Path(entry['folder']).name}.json", problems)
+    outcome, flag = record.get("outcome"), record.get("flag")
+    said = f"{'pruned' if outcome == 'pruned' else 'flagged'}: {flag}" if flag else ""
+    return replace(run, flag=said, problems=(*run.problems, *problems))
 
 
 def _wrong(content: Any, fields: dict[str, Any]) -> str:

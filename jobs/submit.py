@@ -51,7 +51,7 @@ def connect(address: str) -> Any:
     return client
 
 
-def submit(client: Any, spec: JobSpec, name: str) -> str:
+def submit(client: Any, spec: JobSpec, name: str, entrypoint: str = "python -m jobs.entry") -> str:
     """Submits the job and returns its id: the name and the number of the attempt.
 
     A cluster that has just started, without an agent to take jobs yet, is waited for, and so is one
@@ -69,7 +69,7 @@ def submit(client: Any, spec: JobSpec, name: str) -> str:
     attempt = next(n for n in range(len(taken) + 1) if f"{name}-{n}" not in taken)
     job_id = f"{name}-{attempt}"
     job = {
-        "entrypoint": "python -m jobs.entry",
+        "entrypoint": entrypoint,
         "submission_id": job_id,
         "runtime_env": {
             "working_dir": str(ROOT),

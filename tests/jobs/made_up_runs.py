@@ -3,9 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
+from jobs.compare import compare
+from jobs.measured import read_grid
+
 CLASSES = ("person", "bicycle", "car")
 COCO = tuple(f"class {i}" for i in range(80))
 HOUR = 3600.0
+FULL = "table2/ms_attention_k4"
+HOSTILE = '</script><img src=x onerror=alert(1)> & "q" | `c` *'
 
 
 def write_run(
@@ -72,3 +79,24 @@ def write_grid(folder, cells, name="table2", baseline=None):
     grid = {"name": name, "baseline": baseline, "cells": cells}
     (folder / "grid.json").write_text(json.dumps(grid))
     return folder
+
+
+def row_of(comparison, name):
+    return next(row for row in comparison.rows if row.cell and row.cell.name == name)
+
+
+def rich_grid(folder):
+    """Compared: a grid with seeds, COCO's number of classes, names full of markup, and a missing
+    cell."""
+    classes = [HOSTILE, *(f"class {i}" for i in range(79))]
+    cells = []
+    random = np.random.default_rng(0)
+    for name, key, top in (("base", FULL, 0.43), (HOSTILE, "table2/ms_inputs_k4", 0.41)):
+        for seed in (1, 2):
+            run = f"cells/{key.split('/')[1]}-{seed}"
+            cells.append(cell(name, key, seed, run, {"model.num_points": [4, HOSTILE]}))
+            curve = (top + random.normal() * 0.002) * (1 - np.exp(-np.arange(1, 13) / 3))
+            lift = {c: random.normal() * 0.02 for c in classes}
+            write_run(folder / run, curve.tolist(), seed=seed, classes=classes, lift=lift)
+    cells.append(cell("gone", "table2/fpn"))
+    return compare(read_grid(write_grid(folder, cells, baseline="base")), 0)

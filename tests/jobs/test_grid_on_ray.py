@@ -1,6 +1,8 @@
-"""A grid on a real local Ray: one cell fails, the command is interrupted, and is given again."""
+"""A grid on a real local Ray: cells fail, are pruned, are interrupted, and are submitted again."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,12 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cluster import local_cluster
+from jobs.grid_state import progress
 from jobs.grid_status import rows
+from jobs.measured import read_run
+from jobs.noise import DETECTIONS
+from pipeline.checkpoint_store import checkpoint_steps
+from pipeline.data.shards import ShardSet
+from pipeline.evaluate import ground_truth, summarize
 from pipeline.tracking import read_lines
+from tests.jobs.made_up_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
-# Five job starts on two local clusters: minutes.
-pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 GRID = """
 from jobs.grid import Cell, Grid
@@ -47,6 +56,87 @@ def states(folder: Path) -> dict[str, tuple[str, int]]:
     return {row.cell: (row.state, row.record.attempts) for row in rows(folder)}
 
 
+def command_line(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # which a local cluster sets
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    # Beside other tests memory may be short, and Ray would kill workers that are to succeed.
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    with local_cluster() as address:
+        yield address
+
+
+FOUR = """
+from jobs.grid import Cell, Grid
+
+SMALL = {"model.encoder_layers": 1, "model.decoder_layers": 1, "optimizer.batch_size": 8}
+SMALL |= {"schedule.epochs": 1}
+
+
+def grid():
+    cells = (
+        Cell("broken", "deformable_detr_r50_demo", SMALL | {"model.num_queries": 10**12}),  # 512 TB
+        Cell("short_tta", "demo", SMALL, tta=True),
+        Cell("hopeless", "demo", SMALL | {"schedule.epochs": 500}),
+        Cell("short", "demo", SMALL),
+    )
+    return Grid("four", cells, baseline="short")
+"""
+
+
+def test_one_cell_fails_again_one_is_pruned_and_the_other_is_done(drawn, cluster, tmp_path):
+    out, best = tmp_path / "grid", tmp_path / "best"
+    (tmp_path / "four.py").write_text(FOUR)
+    write_run(best, [0.9] * 500, val_digest=ShardSet(drawn.shards / "val").digest)
+    command = [
+        "jobs", "grid", tmp_path / "four.py", "--output", out, "--address", cluster,
+        "--data.train", drawn.shards / "train", "--data.val", drawn.shards / "val",
+        "--restarts", "0", "--prune", "--reference", best, "--band.after", "0",
+        "--band.evaluations", "1",
+    ]  # fmt: skip
+    done = command_line(*command)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (said,) = done.stderr.strip().splitlines()
+    assert "2 of 4 cells are not done: broken (failed), hopeless (pruned);" in said
+    submitted = re.findall(r"(\S+)-seed42: submitted", done.stdout)
+    assert submitted[0] == "short"  # what the others are held against
+    assert submitted.index("short") < submitted.index("short_tta")
+    ended = {"short": ("done", 1), "short_tta": ("done", 1), "hopeless": ("pruned", 1)}
+    assert states(out) == {**ended, "broken": ("failed", 2)}
+    assert done.stdout.count("broken-seed42: will be tried again") == 1
+    assert re.search(r"broken-seed42: failed: .*can't allocate memory", done.stdout)
+    assert "hopeless-seed42: saving, to be pruned" in done.stdout
+    assert re.search(r"pruned: AP \S+ at epoch \d+ is below 0.450, the band of best", done.stdout)
+    augmented = read_run(out / "runs/short_tta-seed42")
+    assert (augmented.finished, augmented.problems) == (True, ())
+    found = json.loads((augmented.folder / DETECTIONS).read_text())
+    truth = ground_truth(ShardSet(drawn.shards / "val"))
+    ap = summarize(truth, found).summary["AP"]
+    assert augmented.best.metrics["AP"] == pytest.approx(100 * ap, abs=1e-9)
+    pruned = progress(out / "runs/hopeless-seed42")
+    assert 1 <= pruned.evaluated < 500
+    assert checkpoint_steps(out / "runs/hopeless-seed42")  # saved, to go on from
+
+    again = command_line(*command, "--retries", "0")
+    assert again.returncode == 2, again.stdout + again.stderr
+    assert "short-seed42: do nothing: done" in again.stdout
+    assert "hopeless-seed42: do nothing: pruned (AP " in again.stdout
+    assert "broken-seed42: train, as it failed" in again.stdout
+    assert states(out) == {**ended, "broken": ("failed", 3)}
+    assert progress(out / "runs/hopeless-seed42") == pruned
+    shown = command_line("jobs", "status", "--grid", out).stdout
+    assert re.search(r"^short +42 +done +1.0/1 +\d\.\d+ +- +1$", shown, re.M)
+    assert re.search(r"^broken +42 +failed .*RuntimeError: ", shown, re.M)
+    assert shown.splitlines()[-1] == "4 cells: 1 failed, 2 done, 1 pruned"
+
+
+# Five job starts on two local clusters: minutes.
+@pytest.mark.chaos
 def test_an_interrupted_grid_goes_on_with_what_is_not_done(drawn, tmp_path):
     out, late, log = tmp_path / "grid", tmp_path / "late", tmp_path / "log"
     (tmp_path / "tiny.py").write_text(GRID.replace("LATE", str(late)))

@@ -3,52 +3,22 @@ that is a script."""
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from jobs import grid_run, grid_state
-from jobs.grid import Cell, Entry, Grid, entries
+from jobs.grid import Cell, Grid, entries
 from jobs.grid_command import run_grid, sole, write_grid
 from jobs.grid_plan import Measured, Planned, finish, report
-from jobs.grid_run import GridRunner, Submission
 from jobs.grid_state import CHANGED, DONE, FAILED, MISSING, RESUME, Code, Record, look, progress
 from jobs.grid_status import duration, rows, status
-from jobs.spec import JobSpec
-from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
-
-CODE = Code("c0de", "commit-1")
-DATA = {"train": "t0", "val": "v0"}
-EPOCHS = 4
-
-
-def grid_of(*names: str) -> list[Entry]:
-    cells = [Cell(n, "demo", {"model.num_points": i + 1}) for i, n in enumerate(names)]
-    short = "schedule.epochs"
-    cells = [replace(c, changes={**c.changes, short: EPOCHS}) for c in cells]
-    return entries(Grid("made", tuple(cells)), False, 1, lambda config: config)
-
-
-def pretend(folder: Path, config: RunConfig, epochs: int, classes: int = 4) -> None:
-    """What training leaves in a run folder after so many of its epochs of ten steps."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = replace(config, model=replace(config.model, num_classes=classes))
-    identity = {"config": json.loads(config.to_json()), "config_digest": config.digest()}
-    digests = {f"{split}_digest": digest for split, digest in DATA.items()}
-    (folder / "config.json").write_text(json.dumps({**identity, **digests}))
-    start = {"kind": "event", "event": "start", "step": 0, "epoch": 0.0, "time": 1000.0}
-    lines = [{**start, "steps": 10 * config.schedule.epochs, "epochs": config.schedule.epochs}]
-    for epoch in range(1, epochs + 1):
-        at = {"step": 10 * epoch, "epoch": float(epoch), "time": 1000.0 + 20 * epoch}
-        lines += [{"kind": "train", **at}, {"kind": "evaluation", **at, "AP": 0.1 * epoch}]
-    if epochs == config.schedule.epochs:
-        lines.append({"kind": "event", "event": "finished", **at})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+from tests.jobs import made_up_grids
+from tests.jobs.made_up_grids import CODE, DATA, EPOCHS, grid_of, outcomes, pretend, scripted
 
 
 def test_a_run_is_missing_then_half_done_then_done(tmp_path):
@@ -160,73 +130,9 @@ def test_torn_and_empty_metrics_are_read(tmp_path):
     assert progress(tmp_path).epoch == 1.0
 
 
-class ScriptedCluster:
-    """A Jobs client. `script[run]`: how its next jobs end, as driver exit statuses; a job lasts
-    two looks. One that ends with 0 leaves a finished run, one with 1 a run of one epoch."""
-
-    def __init__(self, entries_: list[Entry], root: Path, **script: list[int]) -> None:
-        self.entries = {str(root / e.folder): e for e in entries_}
-        self.script, self.jobs, self.order = script, {}, []
-        self.most, self.failing_looks = 0, 0
-
-    def list_jobs(self):
-        if self.failing_looks:
-            self.failing_looks -= 1
-            raise ConnectionError("refused")
-        alive = [job for job in self.jobs.values() if not job.status.is_terminal()]
-        self.most = max(self.most, len(alive))
-        for job in alive:
-            job.looks += 1
-            if job.looks >= 2 and not job.endless:
-                self.end(job)
-        return list(self.jobs.values())
-
-    def submit_job(self, submission_id, metadata, **_):
-        entry = self.entries[metadata["folder"]]
-        self.order.append(entry.cell)
-        status = SimpleNamespace(value="RUNNING", is_terminal=lambda: False)
-        endless = self.script.get(entry.cell) == []
-        self.jobs[submission_id] = SimpleNamespace(
-            submission_id=submission_id, metadata=metadata, status=status, looks=0, message="",
-            driver_exit_code=None, endless=endless,
-        )  # fmt: skip
-        return submission_id
-
-    def end(self, job, status: str = "") -> None:
-        entry = self.entries[job.metadata["folder"]]
-        code = self.script[entry.cell].pop(0) if not status else 3
-        pretend(Path(job.metadata["folder"]), entry.config, EPOCHS if code == 0 else 1)
-        value = status or ("SUCCEEDED" if code == 0 else "FAILED")
-        job.driver_exit_code = code
-        job.status = SimpleNamespace(value=value, is_terminal=lambda: True)
-
-    def stop_job(self, job_id):
-        self.end(self.jobs[job_id], "STOPPED")
-
-    def get_job_logs(self, job_id):
-        return f"epoch 1\nerror: {job_id} broke\nlast words\n"
-
-
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """`cluster(names, places=…, retries=…, **script)`: entries, client, runner and what it said."""
-    monkeypatch.setattr(grid_run, "POLL", 0.0)
-
-    def make(*names: str, places: int = 9, retries: int = 1, parallel=0, patience=9.0, **script):
-        monkeypatch.setattr(grid_run, "places", lambda *_: places)
-        found = grid_of(*names)
-        client = ScriptedCluster(found, tmp_path, **script)
-        said: list[str] = []
-        spec = JobSpec(config="", folder="", grace=1.0)
-        submission = Submission("http://x", "made", parallel, retries, patience, spec)
-        return found, client, GridRunner(client, tmp_path, submission, said.append), said
-
-    return make
-
-
-def outcomes(folder: Path, found: list[Entry]) -> dict[str, tuple[str, int]]:
-    records = {e.cell: Record.read(folder, e.run) for e in found}
-    return {cell: (record.outcome, record.attempts) for cell, record in records.items()}
+    return scripted(tmp_path, monkeypatch)
 
 
 def test_failures_are_retried_reported_and_hold_nobody_up(cluster, tmp_path):
@@ -314,9 +220,29 @@ def test_a_cluster_that_is_away_for_a_while_is_waited_for(cluster, tmp_path, mon
         runner.run(found)
 
 
+def test_an_augmented_evaluation_waits_for_its_run_and_fails_without_it(cluster, tmp_path):
+    for status_, expected in ((0, (DONE, 1)), (2, (FAILED, 0))):
+        found, client, runner, _ = cluster("a", "b", a=[status_], b=[0])
+        twice = replace(found[1], config=found[0].config, evaluates=found[0].folder)
+        client.entries[str(tmp_path / twice.folder)] = twice
+        runner.run([twice, found[0]])
+        assert outcomes(tmp_path, [twice])["b"] == expected
+        jobs = list(client.jobs.values())
+        assert client.order == ["a", "b"][: len(jobs)]
+        trained = tmp_path / found[0].folder
+        if status_ == 0:
+            assert jobs[1].entrypoint == f"python -m jobs.grid_augmented {trained}"
+        else:
+            error = Record.read(tmp_path, twice.run).error
+            assert error == "a-seed42, which it evaluates, is not done"
+        for entry in found:
+            shutil.rmtree(tmp_path / entry.folder, ignore_errors=True)
+            (tmp_path / "records" / f"{entry.run}.json").unlink()
+
+
 def test_success_without_a_run_is_a_failure(cluster, tmp_path, monkeypatch):
     found, _, runner, _ = cluster("a", retries=0, a=[0])
-    monkeypatch.setitem(globals(), "pretend", lambda *_: None)
+    monkeypatch.setattr(made_up_grids, "pretend", lambda *_: None)
     runner.run(found)
     assert "same storage" in Record.read(tmp_path, "a-seed42").error
 

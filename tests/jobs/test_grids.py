@@ -9,6 +9,7 @@ import pytest
 
 from jobs.__main__ import run_status
 from jobs.grid import Cell, Grid, changed, differences, entries, leaves, name_of, runs
+from jobs.grid_augmented import sides
 from jobs.grid_command import run_grid
 from jobs.grid_file import find_grid
 from jobs.grid_options import GridData, GridOptions, common
@@ -75,7 +76,7 @@ def test_table_2_differs_in_the_tables_columns_and_in_nothing_else():
 def test_table_3_differs_in_the_backbone_alone():
     rows = configs(table3())
     assert [c.model.backbone for c in rows.values()] == [
-        "resnet50", "resnet101", "resnext101_64x4d", "resnext101_64x4d_dcn",
+        "resnet50", "resnet101", "resnext101_64x4d", *["resnext101_64x4d_dcn"] * 2,
     ]  # fmt: skip
     for config in rows.values():
         assert config.model.two_stage
@@ -127,14 +128,32 @@ def test_cells_of_one_config_share_a_run_and_seeds_do_not():
         ("resnext101", 42, "runs/resnet50-seed42"),
         ("resnext101_dcn", 42, "runs/resnext101_dcn-seed42"),
     ]  # fmt: skip
-    assert [e.run for e in runs(found)] == [
-        "resnet50-seed42", "resnext101_dcn-seed42", "resnet50-seed43", "resnext101_dcn-seed43",
-    ]  # fmt: skip
-    assert [e.config.seed for e in runs(found)] == [42, 42, 43, 43]
-    assert len(runs(wanted(table3()))) == 4
+    of_seed = ("resnet50", "resnext101_dcn", "resnext101_dcn_tta")
+    assert [e.run for e in runs(found)] == [f"{name}-seed{s}" for s in (42, 43) for name in of_seed]
+    assert [e.config.seed for e in runs(found)] == [42] * 3 + [43] * 3
+    assert len(runs(wanted(table3()))) == 5
     # What does not decide the result can still be what a grid is about.
     stages = [Cell(f"z{z}", "demo", {"engine.zero_stage": z}) for z in (0, 1)]
     assert len(runs(wanted(Grid("zero", tuple(stages))))) == 2
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_an_augmented_cell_evaluates_the_run_that_is_trained_with_its_config(small):
+    *found, last = wanted(table3(), small)
+    assert (last.cell, last.folder) == ("resnext101_dcn_tta", "runs/resnext101_dcn_tta-seed42")
+    assert last.evaluates == found[-1].folder == "runs/resnext101_dcn-seed42"
+    assert last.config == found[-1].config
+    assert last.differences == {**found[-1].differences, "tta": [False, True]}
+    assert not any(entry.evaluates for entry in found)
+    first = [Cell("b", "demo", tta=True), Cell("a", "demo", {"model.num_points": 4})]  # as it is
+    assert wanted(Grid("any", tuple(first)))[0].evaluates == "runs/a-seed42"
+    with pytest.raises(UserError, match="grid any, cell b: tta: got no cell that is trained"):
+        wanted(Grid("any", (first[0], Cell("a", "demo", {"model.num_points": 2}))))
+
+
+def test_augmented_views_are_shares_of_the_evaluations_size():
+    assert sides(recipe("deformable_detr_r50")) == (600, 800, 1000)
+    assert sides(recipe("demo")) == ()  # images as large as they are: mirrored alone
 
 
 def test_differences_are_those_from_the_baseline():
@@ -205,6 +224,7 @@ axes:
 cells:
   wide: {model.hidden_dim: 96}
   plain_detr: {recipe: detr_r50_dc5_demo}
+  wide_tta: {model.hidden_dim: 96, tta: true}
 """
 
 
@@ -216,8 +236,10 @@ def test_a_yaml_file_is_a_baseline_with_axes_and_cells(tmp_path):
     assert (grid.name, grid.baseline) == ("mine", "baseline")
     assert list(found) == [
         "num_points=1", "num_points=1,level_exchange=false", "baseline", "level_exchange=false",
-        "wide", "plain_detr",
+        "wide", "plain_detr", "wide_tta",
     ]  # fmt: skip
+    assert [cell.name for cell in grid.cells if cell.tta] == ["wide_tta"]
+    assert wanted(grid)[-1].evaluates == "runs/wide-seed42"
     assert {c.schedule.epochs for c in found.values()} == {12}
     assert {c.optimizer.lr for c in found.values()} == {1e-3}
     cell = found["num_points=1,level_exchange=false"].model
@@ -258,6 +280,7 @@ def test_a_baseline_that_no_combination_has_is_a_cell_too(tmp_path):
         ("baseline: demo\ncells: {a: 3}", "cells: a: got 3, expected fields"),
         ("baseline: demo\ncells: {a: {recipe: dmeo}}", "cells: a: unknown recipe 'dmeo'"),
         ("baseline: demo\ncells: {a: {recipe: 3}}", "cells: a: recipe: got 3"),
+        ("baseline: demo\ncells: {a: {tta: yes please}}", "cells: a: tta: got 'yes please'"),
         ("baseline: demo\ncells: {a/b: {model.num_points: 1}}", "got the name 'a/b'"),
         ("baseline: demo\ncells: {baseline: {model.num_points: 1}}", "2 cells with the name"),
         ("baseline: demo\nname: ../x\ncells: {a: {}}", "got the name '../x'"),
@@ -368,7 +391,7 @@ def test_every_cell_gets_the_data_and_its_backbones_weights(tmp_path, monkeypatc
     assert {e.config.data.val for e in found} == {"s3://bucket/val"}
     assert {(e.config.schedule.epochs, e.config.data.labels) for e in found} == {(12, "contiguous")}
     assert [Path(e.config.init.backbone).name for e in found] == [
-        "resnet50.pth", "resnet101.pth", "resnext101_64x4d.pth", "resnext101_64x4d.pth",
+        "resnet50.pth", "resnet101.pth", *["resnext101_64x4d.pth"] * 3,
     ]  # fmt: skip
     own = Grid("own", (Cell("a", "demo", {"data.train": "/mine"}),))
     (entry,) = entries(own, False, 1, common(given))
@@ -386,6 +409,15 @@ def test_a_dry_run_names_each_cell_with_its_differences_and_writes_nothing(tmp_p
     assert any(re.match(r"neck=fpn +42 +train +model.neck plain -> fpn$", x) for x in said)
     assert any(re.match(r"baseline +43 +train +-$", x) for x in said)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_is_evaluated_again(tmp_path, capsys):
+    run_grid(["table3", "--dry-run", "--output", str(tmp_path / "out")])
+    last = capsys.readouterr().out.splitlines()[-1].split("  ")
+    said = [part.strip() for part in last if part]
+    assert said[0] == "resnext101_dcn_tta"
+    assert said[2] == "evaluate resnext101_dcn-seed42 with test-time augmentation"
+    assert said[3].endswith("tta False -> True")
 
 
 @pytest.mark.parametrize(
