@@ -89,50 +89,68 @@ def grid():
 """
 
 
-def test_one_cell_fails_again_one_is_pruned_and_the_other_is_done(drawn, cluster, tmp_path):
-    out, best = tmp_path / "grid", tmp_path / "best"
+@pytest.fixture
+def command(drawn, cluster, tmp_path):
     (tmp_path / "four.py").write_text(FOUR)
-    write_run(best, [0.9] * 500, val_digest=ShardSet(drawn.shards / "val").digest)
-    command = [
-        "jobs", "grid", tmp_path / "four.py", "--output", out, "--address", cluster,
+    return [
+        "jobs", "grid", tmp_path / "four.py", "--output", tmp_path / "grid", "--address", cluster,
         "--data.train", drawn.shards / "train", "--data.val", drawn.shards / "val",
-        "--restarts", "0", "--prune", "--reference", best, "--band.after", "0",
-        "--band.evaluations", "1",
+        "--restarts", "0",
     ]  # fmt: skip
-    done = command_line(*command)
+
+
+def test_a_cell_that_fails_is_retried_and_alone_runs_again(drawn, command, tmp_path):
+    out, several = tmp_path / "grid", ("--only", "short", "short_tta", "broken")
+    done = command_line(*command, *several)
     assert done.returncode == 2, done.stdout + done.stderr
     (said,) = done.stderr.strip().splitlines()
-    assert "2 of 4 cells are not done: broken (failed), hopeless (pruned);" in said
+    assert "1 of 4 cells are not done: broken (failed);" in said
     submitted = re.findall(r"(\S+)-seed42: submitted", done.stdout)
     assert submitted[0] == "short"  # what the others are held against
     assert submitted.index("short") < submitted.index("short_tta")
-    ended = {"short": ("done", 1), "short_tta": ("done", 1), "hopeless": ("pruned", 1)}
+    ended = {"short": ("done", 1), "short_tta": ("done", 1), "hopeless": ("missing", 0)}
     assert states(out) == {**ended, "broken": ("failed", 2)}
     assert done.stdout.count("broken-seed42: will be tried again") == 1
     assert re.search(r"broken-seed42: failed: .*can't allocate memory", done.stdout)
-    assert "hopeless-seed42: saving, to be pruned" in done.stdout
-    assert re.search(r"pruned: AP \S+ at epoch \d+ is below 0.450, the band of best", done.stdout)
     augmented = read_run(out / "runs/short_tta-seed42")
     assert (augmented.finished, augmented.problems) == (True, ())
     found = json.loads((augmented.folder / DETECTIONS).read_text())
     truth = ground_truth(ShardSet(drawn.shards / "val"))
     ap = summarize(truth, found).summary["AP"]
     assert augmented.best.metrics["AP"] == pytest.approx(100 * ap, abs=1e-9)
-    pruned = progress(out / "runs/hopeless-seed42")
-    assert 1 <= pruned.evaluated < 500
-    assert checkpoint_steps(out / "runs/hopeless-seed42")  # saved, to go on from
 
-    again = command_line(*command, "--retries", "0")
+    again = command_line(*command, *several, "--retries", "0")
     assert again.returncode == 2, again.stdout + again.stderr
     assert "short-seed42: do nothing: done" in again.stdout
-    assert "hopeless-seed42: do nothing: pruned (AP " in again.stdout
+    assert "short_tta-seed42: do nothing: done" in again.stdout
     assert "broken-seed42: train, as it failed" in again.stdout
     assert states(out) == {**ended, "broken": ("failed", 3)}
-    assert progress(out / "runs/hopeless-seed42") == pruned
     shown = command_line("jobs", "status", "--grid", out).stdout
     assert re.search(r"^short +42 +done +1.0/1 +\d\.\d+ +- +1$", shown, re.M)
     assert re.search(r"^broken +42 +failed .*RuntimeError: ", shown, re.M)
-    assert shown.splitlines()[-1] == "4 cells: 1 failed, 2 done, 1 pruned"
+    assert shown.splitlines()[-1] == "4 cells: 1 failed, 2 done, 1 missing"
+
+
+@pytest.mark.chaos
+def test_a_hopeless_cell_is_saved_and_pruned(drawn, command, tmp_path):
+    out, best = tmp_path / "grid", tmp_path / "best"
+    write_run(best, [0.9] * 500, val_digest=ShardSet(drawn.shards / "val").digest)
+    prune = [
+        "--only", "hopeless", "--prune", "--reference", best, "--band.after", "0",
+        "--band.evaluations", "1",
+    ]  # fmt: skip
+    done = command_line(*command, *prune)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "1 of 4 cells are not done: hopeless (pruned);" in done.stderr
+    assert "hopeless-seed42: saving, to be pruned" in done.stdout
+    assert re.search(r"pruned: AP \S+ at epoch \d+ is below 0.450, the band of best", done.stdout)
+    pruned = progress(out / "runs/hopeless-seed42")
+    assert 1 <= pruned.evaluated < 500
+    assert checkpoint_steps(out / "runs/hopeless-seed42")  # saved, to go on from
+    again = command_line(*command, *prune)
+    assert "hopeless-seed42: do nothing: pruned (AP " in again.stdout
+    assert states(out)["hopeless"] == ("pruned", 1)
+    assert progress(out / "runs/hopeless-seed42") == pruned
 
 
 # Five job starts on two local clusters: minutes.
