@@ -245,7 +245,7 @@ def _percent(values: dict[str, Any], names: Iterable[str] | None = None) -> dict
     return {name: 100 * v for name, v in chosen.items() if v is not None and v <= 1}
 
 
-GRID_FIELDS = {"name": str, "baseline": str | None, "cells": list}
+GRID_FIELDS = {"name": str, "baseline": str | None, "cells": list, "command": dict}
 CELL_FIELDS = {
     "name": str, "folder": str, "seed": int, "published": str | None, "differences": dict,
 }  # fmt: skip
@@ -259,6 +259,8 @@ def read_grid(folder: Path) -> Grid:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); write it again, or correct it") from None
+    if isinstance(content, dict):
+        content = {"command": {}, **content}  # for `jobs resume`; a file of one's own has none
     if wrong := _wrong(content, GRID_FIELDS):
         raise UserError(f"{path}: {wrong}")
     mistakes: list[str] = []

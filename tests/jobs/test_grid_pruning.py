@@ -151,7 +151,7 @@ def trained(tmp_path, monkeypatch):
     def run(*moments, prune=False):
         make = scripted(tmp_path, monkeypatch)
         found, client, runner, said = make("base", "slow", band=BAND, prune=prune, slow=[])
-        write_grid(tmp_path, "made", "base", found)
+        write_grid(tmp_path, "made", "base", found, ["made"])
         pretend(tmp_path / found[0].folder, found[0].config, 4, aps=GOOD)
         left = list(moments)
 

@@ -256,7 +256,7 @@ def test_one_command_at_a_time(tmp_path):
 
 def test_status_shows_each_cell_without_a_cluster(tmp_path, capsys):
     found = grid_of("fine", "under_way", "broken", "silent", "waiting")
-    write_grid(tmp_path, "made", "fine", [*found, replace(found[0], cell="twin")])
+    write_grid(tmp_path, "made", "fine", [*found, replace(found[0], cell="twin")], ["made"])
     for entry, epochs, outcome in zip(found, (4, 2, 1, 2), (DONE, "running", FAILED, "running"),
                                       strict=False):  # fmt: skip
         pretend(tmp_path / entry.folder, entry.config, epochs)
@@ -285,7 +285,7 @@ def test_status_shows_each_cell_without_a_cluster(tmp_path, capsys):
 def test_grid_json_says_what_compare_reads(tmp_path):
     cells = (Cell("a", "demo", {}, "table2/fpn"), Cell("b", "demo", {"model.num_points": 1}))
     found = entries(Grid("made", cells, "a"), False, 2, lambda config: config)
-    write_grid(tmp_path, "made", "a", found)
+    write_grid(tmp_path, "made", "a", found, ["made"])
     content = json.loads((tmp_path / "grid.json").read_text())
     assert (content["name"], content["baseline"]) == ("made", "a")
     assert content["cells"][0] == {
