@@ -189,12 +189,15 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     return settings
 
 
-def parameters_apart() -> dict[str, int]:
+def parameters_apart() -> dict[str, int | bool]:
     """DeepSpeed's settings of stage 3. Its defaults leave a model of less than 10**9 parameters
     whole from its forward to the end of its backward pass, and gradients a buffer of 2 GB."""
     return {
         "stage3_param_persistence_threshold": KEPT_WHOLE,
         "stage3_max_reuse_distance": 0,  # freed after forward, gathered again for backward
+        # It would replace torch.nn.functional.linear in the whole process, evaluation too, by one
+        # that in bf16 rounds before it adds the bias.
+        "memory_efficient_linear": False,
         "stage3_prefetch_bucket_size": 2**23,
         "reduce_bucket_size": 2**24,
     }
