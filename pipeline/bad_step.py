@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.on_host import OnHost
+from pipeline.zero3 import is_partitioned, own_part, weights_on_host, whole_shape
 
 MOST_NAMES = 6
 MOST_FILES = 10  # of saved steps in a run folder; each holds the weights
@@ -46,6 +48,7 @@ class LossCheck:
         self.computed: dict[str, Tensor] = {}
         self.refused = ""
         self.loss: OnHost | None = None
+        self.weights: dict[str, Tensor] = {}  # whole, where those of the model are not
 
     def losses(self, criterion: nn.Module, outputs: dict[str, Any]) -> dict[str, Tensor]:
         """`criterion` of the outputs. Where the matcher refuses them: a `loss` of NaN, whose
@@ -61,20 +64,31 @@ class LossCheck:
         return self.computed
 
     def problem(self) -> str:
-        """What is wrong with the loss; empty where it is finite."""
+        """What is wrong with the loss; empty where it is finite. Called while the weights are still
+        those of the pass (collective where they are partitioned)."""
+        found = self._own_problem()
+        if is_partitioned(self.model):
+            bad = torch.tensor(float(bool(found)), device=self.batch.images.device)
+            dist.all_reduce(bad)
+            if bad:  # now, because only the ranks that found one call `save`
+                self.weights = weights_on_host(self.model, wanted=bool(found))
+        return found
+
+    def _own_problem(self) -> str:
         if self.loss is None:
             return self.refused
         loss = self.loss.read().item()
         return "" if math.isfinite(loss) else f"the loss is {loss}"
 
     def save(self) -> str:
-        """Saves the pass as it was and returns a line that names step, rank and every tensor that
-        is not finite. Called while the weights are still those of the pass."""
-        place = self.place
-        found = describe(self.model, self.batch, self.outputs, self.computed)
+        """Saves the pass as it was, after `problem` has found one, and returns a line that names
+        step, rank and every tensor that is not finite."""
+        place, weights = self.place, self.weights or weights_on_host(self.model, wanted=True)
+        parameters = {name: weights[name] for name, _ in self.model.named_parameters()}
+        found = _describe(parameters, self.batch, self.outputs, self.computed)
         said = (
-            f"step {place.step}, rank {place.rank}: {self.problem()}; not finite: {found}; images "
-            f"{self.batch.image_ids}"
+            f"step {place.step}, rank {place.rank}: {self._own_problem()}; not finite: {found}; "
+            f"images {self.batch.image_ids}"
         )
         file = place.folder / "non_finite" / f"step-{place.step:08d}-rank-{place.rank}.pt"
         file.parent.mkdir(exist_ok=True)
@@ -92,7 +106,7 @@ class LossCheck:
                 "batch": vars(self.batch.to(torch.device("cpu"))),
                 "num_boxes": self.num_boxes.cpu(),
                 "losses": {name: x.detach().cpu() for name, x in self.computed.items()},
-                "model": {name: x.cpu() for name, x in self.model.state_dict().items()},
+                "model": weights,
             },
             file,
         )
@@ -110,7 +124,12 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 def require_finite_weights(model: nn.Module, step: int) -> None:
     """To be called before a checkpoint, so that it is one to go on from. Raises
     `FloatingPointError` naming the parameters that are not finite after `step`."""
-    found = _names("parameters", dict(model.named_parameters()))
+    named = dict(model.named_parameters())
+    counts = torch.stack([_not_finite(own_part(p)) for p in named.values()])
+    if is_partitioned(model):
+        dist.all_reduce(counts)
+    sizes = {name: whole_shape(p).numel() for name, p in named.items()}
+    found = _named("parameters", dict(zip(named, counts.tolist(), strict=True)), sizes)
     if found:
         raise FloatingPointError(
             f"after step {step}, whose loss was finite, these are not: {found}; no checkpoint of "
@@ -122,11 +141,20 @@ def describe(
     model: nn.Module, batch: Batch, outputs: dict[str, Any], losses: dict[str, Tensor]
 ) -> str:
     """The tensors of a step that are not finite, with how many numbers in each."""
+    return _describe(dict(model.named_parameters()), batch, outputs, losses)
+
+
+def _describe(
+    parameters: dict[str, Tensor],
+    batch: Batch,
+    outputs: dict[str, Any],
+    losses: dict[str, Tensor],
+) -> str:
     inputs = {"images": batch.normalized_images()}
     inputs |= {f"boxes of image {i}": t["boxes"] for i, t in enumerate(batch.targets)}
     kinds: dict[str, dict[str, Tensor]] = {
         "inputs": inputs,
-        "parameters": dict(model.named_parameters()),
+        "parameters": parameters,
         "outputs": predictions(outputs),
         "losses": losses,
     }
@@ -147,8 +175,16 @@ def predictions(outputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _names(kind: str, tensors: dict[str, Tensor]) -> str:
-    counts = {name: int((~x.detach().isfinite()).sum()) for name, x in tensors.items()}
-    bad = [f"{name} ({n} of {tensors[name].numel()})" for name, n in counts.items() if n]
+    counts = {name: int(_not_finite(x)) for name, x in tensors.items()}
+    return _named(kind, counts, {name: x.numel() for name, x in tensors.items()})
+
+
+def _not_finite(x: Tensor) -> Tensor:
+    return (~x.detach().isfinite()).sum()
+
+
+def _named(kind: str, counts: dict[str, int], sizes: dict[str, int]) -> str:
+    bad = [f"{name} ({n} of {sizes[name]})" for name, n in counts.items() if n]
     if not bad:
         return ""
     rest = [f"and {len(bad) - MOST_NAMES} more"] if len(bad) > MOST_NAMES else []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.checkpoint_store import (
     Progress,
@@ -28,6 +28,7 @@ from pipeline.ema import Ema
 from pipeline.meter import Meter
 from pipeline.training_state import gather, restore
 from pipeline.update import LossScale, Updater
+from pipeline.zero3 import is_partitioned, partition, weights_on_host, whole_copy
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,20 @@ class State:
     ema: Ema | None
     meter: Meter
 
+    def __post_init__(self) -> None:
+        if self.ema and is_partitioned(self.engine.module):
+            partition(self.ema.module)
+
     @property
     def model(self) -> nn.Module:
-        """What is evaluated: the average of the weights where there is one."""
+        """What is evaluated: the average of the weights where there is one. In ZeRO stage 3 a whole
+        copy of it (collective)."""
+        kept = self.kept
+        return whole_copy(kept, self.engine.skeleton) if is_partitioned(kept) else kept
+
+    @property
+    def kept(self) -> nn.Module:
+        """The same, in parts where the engine's parameters are."""
         return self.ema.module if self.ema else self.engine.module
 
 
@@ -70,15 +82,18 @@ class CheckpointWriter:
         """Copies all that a checkpoint holds and starts to write it (collective). Waits for the
         one before, and raises what went wrong there."""
         training = {**gather(state.engine), "meter": state.meter.gather()}
-        if dist.get_rank() != 0:
+        writes = dist.get_rank() == 0
+        weights = weights_on_host(state.kept, writes)
+        if state.ema:
+            training["weights"] = weights_on_host(state.engine.module, writes)
+        if not writes:
             return
         training["loss_scale"] = asdict(state.updater.scale)
         training["grad_norm"] = state.updater.grad_norm
         if state.ema:
             training["ema_updates"] = state.ema.updates
-            training["weights"] = copied(state.engine.module)
         model = {
-            "model": copied(state.model),
+            "model": weights,
             "config": self.config.to_json(),
             "labels": asdict(self.labels),
             "progress": asdict(progress),
@@ -151,10 +166,3 @@ def load(state: State, path: Path) -> Progress:
     state.updater.grad_norm = training["grad_norm"]
     state.meter.restore(training["meter"])
     return progress
-
-
-def copied(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict on the CPU, in memory of its own."""
-    return {
-        name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()
-    }

@@ -141,8 +141,8 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Autocast precision of the model; losses, matching and box arithmetic stay in fp32."""
-    zero_stage: Literal[0, 1, 2] = 1
-    """What is partitioned over processes: 1 optimizer state, 2 gradients too."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is partitioned over processes: 1 optimizer state, 2 gradients too, 3 parameters too."""
     micro_batch: int = 0
     """Images in one forward pass of one process; the rest of its share is accumulated.
     0: all of them at once."""

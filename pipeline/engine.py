@@ -20,9 +20,15 @@ from pipeline.config import EngineConfig, RunConfig, ScheduleConfig
 from pipeline.data.loader import micro_batch_size
 from pipeline.errors import Unreachable, UserError
 from pipeline.parent import end_with_parent
+from pipeline.zero3 import without_weights
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """dtype of each precision that is not full."""
+
+KEPT_WHOLE = 2**14
+"""Most numbers of a parameter that is whole on every rank between its uses in ZeRO stage 3: below,
+a message costs more than the memory does. Half the parameters of the paper's model, by number, are
+as small; together they are 0.4% of it."""
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -155,13 +161,19 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     micro = micro_batch_size(config, world)
     share = -(-config.optimizer.batch_size // world)
     stage = config.engine.zero_stage if world > 1 else 0  # alone there is nothing to partition
+    if stage == 3 and config.model.architecture == "faster_rcnn":
+        # DeepSpeed's hooks read maps of features by name, and those of its pyramid have numbers.
+        raise UserError(
+            "engine.zero_stage: got 3, which Faster R-CNN does not train in; use "
+            "--engine.zero-stage 2"
+        )
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         # Of the ranks with the largest shares; each tells the engine where its own passes end.
         "gradient_accumulation_steps": -(-share // micro),
         # Without ZeRO `pipeline.update` clips, by the norm that it needs anyway.
         "gradient_clipping": config.optimizer.clip_norm if stage else 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **(parameters_apart() if stage == 3 else {})},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -177,6 +189,20 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     return settings
 
 
+def parameters_apart() -> dict[str, int | bool]:
+    """DeepSpeed's settings of stage 3. Its defaults leave a model of less than 10**9 parameters
+    whole from its forward to the end of its backward pass, and gradients a buffer of 2 GB."""
+    return {
+        "stage3_param_persistence_threshold": KEPT_WHOLE,
+        "stage3_max_reuse_distance": 0,  # freed after forward, gathered again for backward
+        # It would replace torch.nn.functional.linear in the whole process, evaluation too, by one
+        # that in bf16 rounds before it adds the bias.
+        "memory_efficient_linear": False,
+        "stage3_prefetch_bucket_size": 2**23,
+        "reduce_bucket_size": 2**24,
+    }
+
+
 def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: float) -> Any:
     """A DeepSpeedEngine over the model: ZeRO, mixed precision, clipping and the schedule."""
     import deepspeed
@@ -184,15 +210,18 @@ def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: float) ->
     # ZeRO keeps parameters in one flat buffer, and its broadcast takes only contiguous ones.
     model = model.to(memory_format=torch.contiguous_format)
     factor = learning_rate_factor(config.schedule, steps_per_epoch)
+    settings = deepspeed_config(config, dist.get_world_size())
+    skeleton = without_weights(model) if settings["zero_optimization"]["stage"] == 3 else None
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-        config=deepspeed_config(config, dist.get_world_size()),
+        config=settings,
         dist_init_required=False,
     )
     # Alone it would still copy all gradients into buckets and back.
     engine.enable_backward_allreduce = dist.get_world_size() > 1
+    engine.skeleton = skeleton  # what is evaluated becomes whole in it
     return engine
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.zero3 import cut, joined, load_weights, whole_shape, without_padding
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -42,10 +44,10 @@ def restore(
     moments = state["moments"]
     if moments.keys() != named.keys():
         raise ValueError(f"optimizer state of other parameters: {_few(moments.keys() ^ named)}")
-    odd = [n for n, p in named.items() if moments[n][MOMENTS[0]].shape != p.shape]
+    odd = [n for n, p in named.items() if moments[n][MOMENTS[0]].shape != whole_shape(p)]
     if odd:
         raise ValueError(f"optimizer state of other shapes: {_few(odd)}")
-    engine.module.load_state_dict(weights)
+    load_weights(engine.module, weights)
     if engine.zero_optimization():
         engine.optimizer.refresh_fp32_params()
     _prepare(engine, state["updates"])
@@ -64,6 +66,8 @@ def _moment(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
     state = _torch_optimizer(engine).state
     if not engine.zero_optimization():
         return state[parameter][key]
+    if engine.zero_optimization_partition_weights():
+        return joined(parameter, engine.optimizer.get_local_fp32_param(parameter, key))
     whole = torch.zeros_like(parameter, dtype=torch.float32).flatten()
     part = _part(engine, parameter, key, whole)
     if part is not None:
@@ -76,6 +80,10 @@ def _moment(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
 def _set_moment(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> None:
     if not engine.zero_optimization():
         _torch_optimizer(engine).state[parameter][key].copy_(value)
+        return
+    if engine.zero_optimization_partition_weights():
+        stored = engine.optimizer.get_local_fp32_param(parameter, key)
+        without_padding(parameter, stored).copy_(cut(value))
         return
     part = _part(engine, parameter, key, value.flatten())
     if part is not None:
@@ -104,6 +112,8 @@ def _part(
 
 def _optimized(engine: Any) -> list[Tensor]:
     """The tensors that torch's AdamW updates: parameters, or ZeRO's parts of them laid flat."""
+    if engine.zero_optimization_partition_weights():
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
     if engine.zero_optimization():
         return list(engine.optimizer.single_partition_of_fp32_groups)
     return [p for _, p in trained(engine.module)]

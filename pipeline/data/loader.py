@@ -192,7 +192,7 @@ def micro_batch_size(config: RunConfig, world: int) -> int:
     """Most images in one forward pass of one process.
 
     Raises `UserError` where a process would have none, or where processes would need different
-    numbers of passes, which ZeRO stage 2 does not do."""
+    numbers of passes, which ZeRO stages 2 and 3 do not do."""
     total, engine = config.optimizer.batch_size, config.engine
     if total < world:
         raise UserError(
@@ -203,10 +203,11 @@ def micro_batch_size(config: RunConfig, world: int) -> int:
     micro = min(engine.micro_batch or largest, largest)
     cut = engine.group_by_shape or engine.max_padded_pixels
     uneven = total % world > 0 if cut else -(-largest // micro) != -(-smallest // micro)
-    if engine.zero_stage == 2 and uneven:
+    if engine.zero_stage >= 2 and uneven:
         raise UserError(
             f"optimizer.batch_size: {total} images over {world} processes need different numbers "
-            f"of passes, which ZeRO stage 2 does not do; use --engine.zero-stage 1"
+            f"of passes, which ZeRO stage {engine.zero_stage} does not do; use "
+            f"--engine.zero-stage 1"
         )
     return micro
 

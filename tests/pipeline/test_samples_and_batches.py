@@ -326,9 +326,10 @@ def test_impossible_batches_are_refused(drawn):
     config = config_for()
     with pytest.raises(UserError, match=r"got 8 images for 9 processes, expected 9 or more"):
         micro_batch_size(config, 9)
-    two = replace(config.engine, zero_stage=2, micro_batch=2)
-    with pytest.raises(UserError, match=r"8 images over 3 processes .* ZeRO stage 2"):
-        micro_batch_size(replace(config, engine=two), 3)
+    for stage in (2, 3):
+        engine = replace(config.engine, zero_stage=stage, micro_batch=2)
+        with pytest.raises(UserError, match=rf"8 images over 3 processes .* ZeRO stage {stage}"):
+            micro_batch_size(replace(config, engine=engine), 3)
 
 
 @pytest.mark.parametrize(("world", "micro", "expected"), [(3, 0, 3), (3, 2, 2), (2, 9, 4)])

@@ -35,7 +35,8 @@ def squares(drawn, tmp_path, run_command):
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes(squares, tmp_path):
-    """1 and then 3, whose shares of 8 images are uneven, against 2 from beginning to end."""
+    """1 and then 3, whose shares of 8 images are uneven and whose parameters are in parts, against
+    2 from beginning to end."""
     options = [
         "--schedule.epochs", 5, "--optimizer.batch-size", 8, "--engine.log-every", 1,
         "--engine.precision", "fp32", "--engine.checkpoint-steps", 1,
@@ -47,7 +48,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(squares, tmp_path):
     run(command(squares, recipe, whole, *options, ranks=2))
     alone = command(squares, recipe, moved, *options, "--engine.micro-batch", 3)
     kill_once(lambda: checkpoint_steps(moved), alone, tmp_path / "log")
-    run(command(squares, recipe, moved, *options, ranks=3))
+    run(command(squares, recipe, moved, *options, "--engine.zero-stage", 3, ranks=3))
     assert [x["world"] for x in events(moved, "start")] == [1, 3]
     pairs = list(zip(metrics(moved), metrics(whole), strict=True))
     assert empty_shares(squares, world=3) > 0

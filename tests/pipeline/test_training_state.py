@@ -13,7 +13,8 @@ from torch import nn
 from pipeline.training_state import restore
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = {f"{stage}-{precision}" for stage in (0, 1, 2) for precision in ("fp32", "bf16")}
+NAMES = {f"{stage}-{precision}" for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")}
+EQUAL = {"model": 0, "exp_avg": 0, "exp_avg_sq": 0, "same_counts": True}
 pytestmark = pytest.mark.slow
 
 
@@ -35,15 +36,23 @@ def engines(mode: str, folder: Path, ranks: int) -> dict:
 def test_the_rest_is_exact_on_as_many_processes_and_rounded_otherwise_on_others(tmp_path):
     """Gradients of bfloat16 passes are rounded in shares of another size."""
     report = engines("whole", tmp_path, ranks=2)
+    chain = report.pop("chain")
     assert report.keys() == NAMES
     for name, found in report.items():
-        assert found == {"model": 0, "exp_avg": 0, "exp_avg_sq": 0, "same_counts": True}, name
+        assert found == EQUAL, name
     report = engines("rest", tmp_path, ranks=3)
+    chain |= report.pop("chain")
     assert report.keys() == NAMES
     for name, found in report.items():
         most = 1e-6 if name.endswith("fp32") else 1e-3
         assert found["same_counts"], name
         assert max(found["model"], found["exp_avg"]) < most, (name, found)
+    # One training through the stages 1, 3, 2, 3 and 0, by 2, 2, 3, 3 and 1 processes.
+    report = engines("alone", tmp_path, ranks=1)
+    chain |= report["chain"]
+    assert chain == dict.fromkeys(("3 on 2", "2 on 3", "3 on 3", "0 on 1"), EQUAL)
+    assert report["end"]["same_counts"]
+    assert max(report["end"]["model"], report["end"]["exp_avg"]) < 1e-6, report
 
 
 class Engine:

@@ -31,7 +31,7 @@ def test_steps_are_those_of_plain_torch(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert report.keys() == {f"{stage}-{precision}" for stage in (0, 1, 2) for precision in MOST}
+    assert report.keys() == {f"{stage}-{precision}" for stage in (0, 1, 2, 3) for precision in MOST}
     for name, found in report.items():
         precision = name[2:]
         assert found["weights"] < MOST[precision], name

@@ -16,8 +16,9 @@ from model.parameters import parameter_groups
 from pipeline.engine import AUTOCAST, start_process_group, stop_process_group
 from pipeline.training_state import gather
 from pipeline.update import Updater
+from pipeline.zero3 import own_part, weights_on_host
 
-STAGES, PRECISIONS = (0, 1, 2), ("fp32", "bf16", "fp16")
+STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16", "fp16")
 STEPS, PASSES, BAD_STEP = 8, 3, 5
 
 
@@ -37,7 +38,7 @@ def ours(stage: int, precision: str) -> dict:
     updater = Updater(trained, settings(stage, precision))
     norms, rates, kept, scales = [], [], True, []
     for step in range(STEPS):
-        before = [p.detach().clone() for p in trained.module.parameters()]
+        before = [own_part(p).detach().clone() for p in trained.module.parameters()]
         mine = images(step).chunk(world)[rank].chunk(PASSES)
         for i, part in enumerate(mine):
             loss = loss_of(trained(part), step) / PASSES
@@ -45,13 +46,13 @@ def ours(stage: int, precision: str) -> dict:
                 loss = loss * math.inf
             updater.backward(loss, last=i == PASSES - 1)
         applied = updater.step()
-        after = list(trained.module.parameters())
+        after = [own_part(p) for p in trained.module.parameters()]
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         kept &= applied == (step != BAD_STEP) and same != applied
         norms.append(updater.grad_norm)
         rates.append(trained.optimizer.param_groups[-1]["lr"])
         scales.append(updater.scale.value)
-    weights = {name: p.detach().clone() for name, p in trained.module.named_parameters()}
+    weights = weights_on_host(trained.module, rank == 0)
     state = {"updates": gather(trained)["updates"], "scales": scales, "kept": kept}
     return {"weights": weights, "norms": norms, "rates": rates, **state}
 
@@ -91,6 +92,8 @@ def main() -> None:
             theirs = beside["weights"]
             pairs = list(zip(mine["norms"], beside["norms"], strict=True))
             moved = engine(0, "fp32").module.state_dict()
+            if rank:
+                continue
             report[f"{stage}-{precision}"] = {
                 # In units of the way that the weights went.
                 "weights": max(
