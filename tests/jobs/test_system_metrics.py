@@ -78,7 +78,8 @@ def test_storage_that_cannot_be_written_ends_nothing(tmp_path):
 def test_gpus_as_nvidias_library_tells_of_them(tmp_path):
     library = tmp_path / "libfake.so"
     source = Path(__file__).with_name("fake_nvml.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, "-x", "c", "-shared", "-fPIC", "-o", library, source], check=True)
     assert Gpus(str(library)).sample() == {
         "gpu_0_memory_usage_megabytes": 20000.0,
         "gpu_0_memory_usage_percentage": 25.0,

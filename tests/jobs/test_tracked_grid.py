@@ -33,7 +33,7 @@ def has_sent(state: Path) -> bool:
     return bool(json.loads(state.read_text())["sent"])
 
 
-def test_nothing_is_missing_or_doubled(drawn, tmp_path):
+def test_nothing_is_missing_or_doubled(drawn, tmp_path, monkeypatch):
     (tmp_path / "tiny.yaml").write_text(GRID)
     out, port = tmp_path / "grid", free_port()
     uri = f"http://127.0.0.1:{port}"
@@ -91,5 +91,9 @@ def test_nothing_is_missing_or_doubled(drawn, tmp_path):
         )
         best = client.get_model_version_by_alias("tiny", "best")
         assert float(best.tags["val/AP"]) == max(float(v.tags["val/AP"]) for v in versions)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # which the next line sets, too
+        mlflow.set_tracking_uri(uri)
+        model = mlflow.pyfunc.load_model("models:/tiny@best")  # by way of the server
+        assert not model.predict([str(next((drawn.coco / "val").glob("*")))]).empty
     finally:
         stop_server(server)
