@@ -10,12 +10,13 @@ from tyro.conf import Positional
 
 from jobs.demo import DemoOptions, demo
 from jobs.grid_command import run_grid
+from jobs.grid_state import Code
 from jobs.grid_status import status
 from jobs.launch import finish, launch
 from jobs.resume import run_resume
-from jobs.spec import JobSpec, code_version, from_the_root
+from jobs.spec import JobSpec, from_the_root
 from jobs.submit import connect, stop
-from jobs.tracking import shown
+from jobs.tracking import check_model_name, check_tracking_uri
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
 from pipeline.errors import UserError
 
@@ -44,6 +45,10 @@ class SubmitOptions:
     """MLflow, without a password (docs/cluster.md says where that goes). Empty: the node's
     MLFLOW_TRACKING_URI, else an SQLite store beside the run folder."""
     experiment: str = "deformable-detr"
+    register: bool = True
+    """Register the best checkpoint in MLflow's model registry when the run has finished."""
+    model_name: str = ""
+    """Its name there. Empty: the recipe's."""
     wait: bool = True
     """Follow the job's log until it ends."""
 
@@ -94,6 +99,7 @@ def run_submit(args: list[str]) -> None:
         from pipeline.dataset import open_dataset
 
         open_dataset(options.config)  # the shards are on this machine: look before Ray is started
+    code = Code.present()
     spec = JobSpec(
         config=from_the_root(options.config).to_json(),
         folder=str(options.output.resolve()),
@@ -105,7 +111,10 @@ def run_submit(args: list[str]) -> None:
         grace=options.grace,
         tracking_uri=options.tracking_uri,
         experiment=options.experiment,
-        code=code_version(),
+        register=options.register,
+        model_name=options.model_name,
+        code=code.commit,
+        code_digest=code.digest,
     )
     launch(spec, options.address, options.wait)
 
@@ -130,12 +139,8 @@ def check(options: SubmitOptions) -> None:
 
     for workers in range(options.min_workers or options.workers, options.workers + 1):
         micro_batch_size(options.config, workers)
-    if shown(options.tracking_uri) != options.tracking_uri:
-        raise UserError(
-            f"tracking-uri {shown(options.tracking_uri)}: got a user or password in it, which Ray "
-            f"would show to all who see the job; set MLFLOW_TRACKING_URI, or "
-            f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, where Ray is started"
-        )
+    check_tracking_uri(options.tracking_uri)
+    check_model_name(options.model_name)
 
 
 def run_logs(args: list[str]) -> None:

@@ -6,20 +6,23 @@ it was stopped before the end, 1 after another failure.
 """
 
 import os
+import re
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import ray
 
+from jobs.forwarder import LAST_PAUSES, About, Forwarder, Source
 from jobs.group import PERMANENT, Group
 from jobs.resources import wants_gpu
 from jobs.spec import SPEC_VARIABLE, JobSpec
 from jobs.summary import summary
-from jobs.tracking import Forwarder, choose_tracking_uri
+from jobs.tracking import choose_tracking_uri, flat, shown
+from pipeline.config import RunConfig
 from pipeline.data.loader import micro_batch_size, steps_per_epoch
-from pipeline.dataset import open_dataset
+from pipeline.dataset import Dataset, open_dataset
 from pipeline.progress import ProgressPrinter
 
 STOPPED = 3  # exit status
@@ -41,17 +44,10 @@ def run(spec: JobSpec) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     uri = choose_tracking_uri(spec.tracking_uri, folder)
-    tags = {
-        "recipe": config.recipe,
-        "config_digest": config.digest(),
-        "train_digest": dataset.train.digest,
-        "val_digest": dataset.val.digest,
-        "code": spec.code,
-    }
     group = Group(spec, config, use_gpu)
     for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
         signal.signal(number, lambda *_: group.ask_to_stop())
-    forwarder = Forwarder(folder, config, uri, spec.experiment, tags)
+    forwarder = Forwarder(folder, uri, about(spec, config, dataset))
     printer = ProgressPrinter(folder, config.recipe)
     forwarder.start()
     printer.start()
@@ -60,12 +56,47 @@ def run(spec: JobSpec) -> int:
         status = "FINISHED" if group.train() else "KILLED"
     finally:
         printer.finish()
-        forwarder.finish(status)
+        # In a grid nothing waits for a server: its command sends what is left when all have ended.
+        patient = status == "FINISHED" and not spec.grid
+        forwarder.finish(status, LAST_PAUSES if patient else ())
     if status == "KILLED":
         print("stopped as asked; submitting the same run goes on from there", flush=True)
         return STOPPED
     print(summary(folder, uri), flush=True)
     return 0
+
+
+def about(spec: JobSpec, config: RunConfig, dataset: Dataset) -> About:
+    """What MLflow is told of the run."""
+    # As training itself does it: the data say how many classes there are.
+    config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
+    tags = {
+        "recipe": config.recipe,
+        "config_digest": config.digest(),
+        "train_digest": dataset.train.digest,
+        "val_digest": dataset.val.digest,
+        "code": spec.code,
+        "code_digest": spec.code_digest,
+        "mlflow.source.type": "JOB",
+        "mlflow.source.name": "python -m jobs",
+    }
+    if re.fullmatch(r"[0-9a-f]{40}(-dirty)?", spec.code):
+        tags["mlflow.source.git.commit"] = spec.code.removesuffix("-dirty")
+    sources = tuple(
+        Source(
+            context=context,
+            name="/".join(shards.folder.split("/")[-2:]),
+            digest=shards.digest,
+            location=shown(shards.folder),
+            images=len(shards),
+            annotations=int(shards.annotations.sum()),
+        )
+        for context, shards in (("train", dataset.train), ("validation", dataset.val))
+    )
+    name = (spec.model_name or config.recipe) if spec.register else ""
+    params = flat(asdict(config))
+    params |= {f"data.{x}": shown(params[f"data.{x}"]) for x in ("train", "val")}
+    return About(spec.experiment, params, tags, sources, name, spec.grid)
 
 
 def main() -> int:

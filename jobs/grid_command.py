@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from jobs.cluster import local_cluster
+from jobs.delivery import deliver
 from jobs.demo import DemoOptions, prepare
 from jobs.grid import Entry, Grid, entries, runs
 from jobs.grid_dry_run import action, dry_run, looked
@@ -137,6 +138,9 @@ def train(
                 grace=options.grace,
                 tracking_uri=options.tracking_uri,
                 experiment=called(grid, options),
+                register=options.register,
+                model_name=options.model_name or called(grid, options),
+                grid=str(folder),
             )
             submission = Submission(
                 address,
@@ -150,7 +154,10 @@ def train(
             try:
                 GridRunner(client, folder, submission, say, band).run(todo, anew)
             finally:
+                deliver(folder, options.tracking_uri, say)
                 print("\n".join(["", *text(rows(folder))]), flush=True)
+        else:
+            deliver(folder, options.tracking_uri, say)
     left = [row for row in rows(folder) if row.state != DONE]
     left = [row for row in left if not options.only or row.cell in options.only]
     if left:

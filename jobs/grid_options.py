@@ -9,7 +9,7 @@ from jobs.demo import DemoOptions
 from jobs.grid import Grid, changed
 from jobs.grid_pruning import Band
 from jobs.spec import absolute
-from jobs.tracking import shown
+from jobs.tracking import check_model_name, check_tracking_uri
 from model.config import TINY
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -81,6 +81,10 @@ class GridOptions:
     band: Band = field(default_factory=Band)
     tracking_uri: str = ""
     """As of jobs submit."""
+    register: bool = True
+    """Register each run's best checkpoint in MLflow's model registry."""
+    model_name: str = ""
+    """Its name there, of all cells. Empty: the grid's."""
 
 
 def called(grid: Grid, options: GridOptions) -> str:
@@ -108,11 +112,8 @@ def check(grid: Grid, options: GridOptions) -> None:
         own = all({"data.train", "data.val"} <= set(cell.changes) for cell in grid.cells)
         if not (own or options.dry_run):
             raise UserError("data: expected --data.train DIR --data.val DIR, or --scale demo")
-    if shown(options.tracking_uri) != options.tracking_uri:
-        raise UserError(
-            f"tracking-uri {shown(options.tracking_uri)}: got a user or password in it, which Ray "
-            f"would show to all who see the job; docs/cluster.md says where it goes"
-        )
+    check_tracking_uri(options.tracking_uri)
+    check_model_name(options.model_name)
 
 
 def common(options: GridOptions) -> Callable[[RunConfig], RunConfig]:

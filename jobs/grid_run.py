@@ -177,6 +177,7 @@ class GridRunner:
             config=entry.config.to_json(),
             folder=str(self.folder / entry.folder),
             code=code.commit,
+            code_digest=code.digest,
         )
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.submission.grid}-{entry.run}")
         record = Record.read(self.folder, entry.run)

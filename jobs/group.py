@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,20 @@ def worker(arguments: dict[str, Any]) -> str:
     """Runs in every process of the group. Returns why training ended."""
     import torch
 
+    from jobs.pictures import draw
+    from jobs.system_metrics import SystemMetrics
     from pipeline.errors import Stopped
     from pipeline.train import train
 
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     first, folder = torch.distributed.get_rank() == 0, Path(arguments["folder"])
     Fence(folder, arguments["job"]).end_process_when_over(arguments["attempt"])
+    config = RunConfig.from_json(arguments["config"])
     try:
-        train(RunConfig.from_json(arguments["config"]), folder)
+        with SystemMetrics(folder) if first else nullcontext():
+            train(config, folder)
+            if first:
+                draw(folder, config)
     except Stopped:
         return StopFile(folder).answer() if first else ASKED
     return FINISHED

@@ -10,9 +10,9 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from jobs.grid_command import run_grid
-from jobs.grid_state import read_grid
+from jobs.grid_state import Code, read_grid
 from jobs.launch import launch
-from jobs.spec import JobSpec, code_version
+from jobs.spec import JobSpec
 from pipeline.cli import REQUIRED, parse
 from pipeline.errors import UserError
 
@@ -67,13 +67,14 @@ def resume_grid(options: ResumeOptions) -> None:
 def resume_run(options: ResumeOptions) -> None:
     folder = options.folder.resolve()
     spec = begun(folder)
-    workers = options.workers or spec.workers
+    workers, code = options.workers or spec.workers, Code.present()
     spec = replace(
         spec,
         folder=str(folder),
         workers=workers,
         min_workers=min(spec.min_workers, workers),
-        code=code_version(),
+        code=code.commit,
+        code_digest=code.digest,
     )
     launch(spec, options.address or "", options.wait)
 

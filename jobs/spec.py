@@ -31,7 +31,14 @@ class JobSpec:
     """Seconds in which a checkpoint must be written once a stop is asked for."""
     tracking_uri: str = ""
     experiment: str = "deformable-detr"
+    register: bool = True
+    """The best checkpoint becomes a version of a model in MLflow's registry."""
+    model_name: str = ""
+    """There; empty: the recipe's."""
+    grid: str = ""
+    """Folder of the grid that this is a cell's run of, if it is."""
     code: str = ""
+    code_digest: str = ""
 
     def run_config(self) -> RunConfig:
         return RunConfig.from_json(self.config)

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from jobs.tracking import shown
+from jobs.tracking import remembered, shown
 from pipeline.evaluate import Evaluation, table
 
 
@@ -23,4 +23,6 @@ def summary(folder: Path, tracking_uri: str) -> str:
         f"predictions      {folder / 'predictions.png'}",
         f"open MLflow      {shown(tracking_uri) if server else ui}",
     ]
+    if model := remembered(folder).get("model"):
+        lines.append(f"registered       {model['name']}, version {model['version']}")
     return "\n".join(lines)

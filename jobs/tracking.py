@@ -1,25 +1,33 @@
-"""MLflow, fed from a run's `metrics.jsonl` by a thread that training never waits for."""
+"""Where MLflow is, by what names it knows things, and runs that are made once.
 
-import dataclasses
+mlflow itself is imported where it is used: it takes seconds, and commands start without it.
+"""
+
 import json
 import logging
 import os
+import re
 import secrets
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-from pipeline.config import RunConfig
-from pipeline.follow import Tail
+from pipeline.errors import UserError
 
-logger = logging.getLogger(__name__)
-PAUSE = 2.0  # seconds between two looks at the file
-MOST_METRICS, MOST_PARAMS = 1000, 100  # in one batch, MLflow's limits
-LAST_TRIES = 5  # attempts to deliver the rest once the run has ended
-ARTIFACTS = ("config.json", "best.json", "predictions.png", "metrics.jsonl")
+STATE_FILE = "mlflow.json"
+LONGEST_NAME = 250  # of a metric, MLflow's limit
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.,=+-]{0,199}")
+SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
+# A server that is away must cost seconds, not MLflow's default of minutes.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+QUIET = {
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would show a password
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 def default_tracking_uri(folder: Path) -> str:
@@ -32,6 +40,36 @@ def choose_tracking_uri(asked: str, folder: Path) -> str:
     return asked or os.environ.get("MLFLOW_TRACKING_URI", "") or default_tracking_uri(folder)
 
 
+def check_tracking_uri(uri: str) -> None:
+    """Raises `UserError` for a --tracking-uri that no job could use, or that has a password."""
+    if not uri:
+        return
+    if shown(uri) != uri:
+        raise UserError(
+            f"tracking-uri {shown(uri)}: got a user or password in it, which Ray would show to all "
+            f"who see the job; set MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
+            f"MLFLOW_TRACKING_PASSWORD, where Ray is started"
+        )
+    scheme, _, rest = uri.partition("://")
+    if scheme.split("+")[0] in SERVERS and rest:
+        return
+    if not (scheme == "sqlite" and rest.startswith("//") and len(rest) > 2):
+        raise UserError(
+            f"tracking-uri: got {uri!r}, expected http://HOST:PORT, postgresql://HOST/DATABASE, or "
+            f"sqlite:////FOLDER/FILE.db with the file's path from the root, as jobs run in other "
+            f"folders"
+        )
+
+
+def check_model_name(name: str) -> None:
+    """Raises `UserError` for a name that MLflow's registry does not take, or could not look up."""
+    if name and not MODEL_NAME.fullmatch(name):
+        raise UserError(
+            f"model-name: got {name!r}, expected letters, digits, spaces and _ . , = + - that "
+            f"begin with a letter or digit"
+        )
+
+
 def shown(uri: str) -> str:
     """The URI as it may be written anywhere: with "***" for its user and password."""
     parts = urlsplit(uri)
@@ -40,178 +78,93 @@ def shown(uri: str) -> str:
     return parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}").geturl()
 
 
-class Forwarder(threading.Thread):
-    """Sends new metric lines to one MLflow run, the same one through all attempts of a job.
-
-    `folder/mlflow.json` remembers the run and what it has had, so nothing is sent twice. While the
-    server is away, lines wait in the file.
-    """
-
-    def __init__(
-        self, folder: Path, config: RunConfig, uri: str, experiment: str, tags: dict[str, str]
-    ) -> None:
-        super().__init__(daemon=True)
-        # A server that is away must cost seconds, not MLflow's default of minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-        # It would print the run's address, password included.
-        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-        self.folder, self.config, self.tags = folder, config, tags
-        self.uri, self.experiment = uri, experiment
-        self.tail = Tail(folder / "metrics.jsonl")
-        self.pending: list[dict[str, Any]] = []
-        self.state_path = folder / "mlflow.json"
-        self.state: dict[str, Any] = {"uri": shown(uri), "run_id": "", "sent": {}}
-        self.done = threading.Event()
-        self.client: Any = None
-
-    def run(self) -> None:
-        while not self.done.wait(PAUSE):
-            self.try_to_send()
-
-    def finish(self, status: str) -> bool:
-        """Delivers the rest and the artifacts, and closes the run as "FINISHED" or "FAILED".
-
-        False (and a warning) when the server stayed away; starting the job again delivers it.
-        """
-        self.done.set()
-        self.join()
-        for _ in range(LAST_TRIES):
-            if self.try_to_send() and self.try_to_close(status):
-                return True
-        logger.warning(
-            "MLflow at %s did not answer; metrics remain in %s", shown(self.uri), self.folder
-        )
-        return False
-
-    def try_to_send(self) -> bool:
-        """Whether everything written so far is in MLflow."""
-        self.pending += self.tail.new_lines()
-        try:
-            if self.client is None:
-                self.open()
-            self.send_pending()
-        except Exception as error:  # any failure of the server or the network: later, again
-            logger.info("MLflow is not reached: %s", self.without_secrets(error))
-            return False
-        return True
-
-    def open(self) -> None:
-        """Connects, and makes or resumes the run."""
-        import mlflow
-        from mlflow.entities import Param
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        if self.state_path.exists():
-            self.state = json.loads(self.state_path.read_text(encoding="utf-8"))
-        client = mlflow.MlflowClient(tracking_uri=self.uri)
-        if self.uri.startswith("sqlite:///"):
-            # Two processes that create one database at once would both fail.
-            store = Path(self.uri.removeprefix("sqlite:///"))
-            with FileLock(store.with_suffix(".lock")):
-                experiment = self.experiment_id(client, (store.parent / "mlartifacts").as_uri())
-        else:
-            experiment = self.experiment_id(client, None)
-        if not self.state["run_id"]:
-            self.state["run_id"] = self.make_run(client, experiment)
-            self.remember()
-        run_id = self.state["run_id"]
-        # In each attempt: one that died here may have left some out. MLflow changes none.
-        had = client.get_run(run_id).data.params
-        params = flat(dataclasses.asdict(self.config)).items()
-        missing = [Param(key, str(value)) for key, value in params if key not in had]
-        for start in range(0, len(missing), MOST_PARAMS):
-            client.log_batch(run_id, params=missing[start : start + MOST_PARAMS])
-        for kind, step in steps_had(client, run_id).items():
-            self.state["sent"][kind] = max(step, self.state["sent"].get(kind, -1))
-        client.update_run(run_id, status="RUNNING")
-        self.client = client
-
-    def make_run(self, client: Any, experiment: str) -> str:
-        """The run's id. Its key is written down before it is made, so that an attempt that dies in
-        between leaves no second one."""
-        if "key" not in self.state:
-            self.state["key"] = secrets.token_hex(8)
-            self.remember()
-        tag = f"tags.creation_key = '{self.state['key']}'"
-        for run in client.search_runs([experiment], filter_string=tag, max_results=1):
-            return run.info.run_id
-        tags = {**self.tags, "creation_key": self.state["key"]}
-        return client.create_run(experiment, run_name=self.folder.name, tags=tags).info.run_id
-
-    def experiment_id(self, client: Any, artifacts: str | None) -> str:
-        found = client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return found.experiment_id
-        return client.create_experiment(self.experiment, artifact_location=artifacts)
-
-    def send_pending(self) -> None:
-        from mlflow.entities import Metric
-
-        batch: list[Any] = []
-        sent = dict(self.state["sent"])
-        for line in self.pending:
-            kind, step = line["kind"], line["step"]
-            if kind == "event" or step <= sent.get(kind, -1):
-                continue
-            sent[kind] = step
-            # The line's own time: sending a line again changes nothing.
-            stamp = int(line["time"] * 1000)
-            metrics = [
-                Metric(metric_name(kind, key), value, stamp, step)
-                for key, value in line.items()
-                if key not in ("kind", "step", "time")
-            ]
-            if len(batch) + len(metrics) > MOST_METRICS:  # a line is sent whole
-                self.client.log_batch(self.state["run_id"], metrics=batch)
-                batch = []
-            batch += metrics
-        if batch:
-            self.client.log_batch(self.state["run_id"], metrics=batch)
-        self.pending = []
-        if sent != self.state["sent"]:
-            self.state["sent"] = sent
-            self.remember()
-
-    def try_to_close(self, status: str) -> bool:
-        try:
-            for name in ARTIFACTS:
-                if (self.folder / name).exists():
-                    self.client.log_artifact(self.state["run_id"], str(self.folder / name))
-            self.client.set_terminated(self.state["run_id"], status=status)
-        except Exception as error:
-            logger.info("MLflow is not reached: %s", self.without_secrets(error))
-            return False
-        return True
-
-    def without_secrets(self, error: Exception) -> str:
-        return str(error).replace(self.uri, shown(self.uri))
-
-    def remember(self) -> None:
-        # Where a run that has not begun may have files of its launcher.
-        aside = self.folder / "ray" / self.state_path.name
-        aside.parent.mkdir(exist_ok=True)
-        aside.write_text(json.dumps(self.state), encoding="utf-8")
-        os.replace(aside, self.state_path)
+def reason(error: BaseException, uri: str) -> str:
+    """An error's first line, without the URI's user and password."""
+    lines = str(error).strip().splitlines()
+    said = (lines[0] if lines else type(error).__name__).replace(uri, shown(uri))
+    user, _, password = urlsplit(uri).netloc.rpartition("@")[0].partition(":")
+    for secret in {password or user, unquote(password or user)} - {""}:
+        said = said.replace(secret, "***")
+    if "(Caused by " in said:  # how requests wraps it; the cause is what tells something
+        said = said.rpartition(": ")[2].strip("()\"' ")
+    return said[:300]
 
 
-def steps_had(client: Any, run_id: str) -> dict[str, int]:
-    """The last step of each kind of line that MLflow has: an attempt may have sent it and died
-    before it remembered."""
-    found = {"train": "train/loss", "evaluation": "val/AP"}
-    histories = {kind: client.get_metric_history(run_id, key) for kind, key in found.items()}
-    return {kind: max(m.step for m in had) for kind, had in histories.items() if had}
+def connect(uri: str, experiment: str) -> tuple[Any, str]:
+    """A client of the store, and the experiment's id, which is made if need be. Raises whatever
+    MLflow raises where the store does not answer."""
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    os.environ.update(QUIET)
+    import mlflow
+
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    if not uri.startswith("sqlite:///"):
+        return client, _experiment_id(client, experiment, None)
+    # Two processes that create one database at once would both fail.
+    store = Path(uri.removeprefix("sqlite:///"))
+    with FileLock(store.with_suffix(".lock")):
+        return client, _experiment_id(client, experiment, (store.parent / "mlartifacts").as_uri())
+
+
+def _experiment_id(client: Any, name: str, artifacts: str | None) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    return client.create_experiment(name, artifact_location=artifacts)
+
+
+def made_once(
+    client: Any,
+    experiment: str,
+    name: str,
+    tags: dict[str, str],
+    state: dict[str, Any],
+    remember: Callable[[], None],
+) -> str:
+    """The id of the run that `state` is about. Its key is written down before it is made, so that
+    a process that dies in between leaves no second one."""
+    if not state.get("key"):
+        state["key"] = secrets.token_hex(8)
+        remember()
+    if not state["run_id"]:
+        wanted = f"tags.creation_key = '{state['key']}'"
+        found = client.search_runs([experiment], filter_string=wanted, max_results=1)
+        tags = {**tags, "creation_key": state["key"]}
+        made = found[0] if found else client.create_run(experiment, run_name=name, tags=tags)
+        state["run_id"] = made.info.run_id
+        remember()
+    return state["run_id"]
+
+
+def remembered(folder: Path) -> dict[str, Any]:
+    """A run's or a grid's `mlflow.json`: which MLflow run it is, and what that has had, so that
+    nothing is sent twice. Empty where MLflow was never told of the folder."""
+    path = folder / STATE_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def of_this_store(state: dict[str, Any], uri: str) -> dict[str, Any]:
+    """What is remembered of a run, without what another store was told. The key stays, by which
+    the run is found again where it is the same store by another address."""
+    if state.get("uri") == shown(uri):
+        return state
+    return {"key": state.get("key", ""), "uri": shown(uri), "run_id": ""}
 
 
 def metric_name(kind: str, key: str) -> str:
     """`train/loss`, `val/AP`, `val/AP/circle`; MLflow's charts group by the part before "/"."""
-    return f"{'val' if kind == 'evaluation' else kind}/{safe(key)}"
+    return safe(f"{'val' if kind == 'evaluation' else kind}/{key}")
 
 
 def safe(name: str) -> str:
-    """A name of MLflow's alphabet: other characters become "_"."""
-    return "".join(c if c.isalnum() or c in "_-./ :" else "_" for c in name)
+    """A name as MLflow takes them: other characters become "_", and so does whatever a path would
+    lose, such as the empty part of "a//b"."""
+    allowed = "".join(c if c.isalnum() or c in "_-./ :" else "_" for c in name)
+    parts = ["_" if part in ("", ".", "..") else part for part in allowed.split("/")]
+    return "/".join(parts)[:LONGEST_NAME].rstrip("/")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

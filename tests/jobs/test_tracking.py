@@ -2,23 +2,29 @@
 
 import dataclasses
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import mlflow
 import pytest
 
+from jobs.forwarder import About, Forwarder, Source
 from jobs.summary import summary
-from jobs.tracking import Forwarder, choose_tracking_uri, default_tracking_uri, metric_name, shown
+from jobs.system_metrics import SYSTEM_FILE
+from jobs.tracking import (
+    check_model_name,
+    check_tracking_uri,
+    choose_tracking_uri,
+    default_tracking_uri,
+    flat,
+    metric_name,
+    reason,
+    shown,
+)
+from pipeline.errors import UserError
 from pipeline.follow import Tail
 from pipeline.progress import ProgressPrinter
 from pipeline.recipes import recipe
 from pipeline.tracking import MetricsLog
+from tests.jobs.mlflow_server import free_port, start_server, stop_server
 
 BEST = {
     "checkpoint": "step-00000001",
@@ -36,8 +42,27 @@ def history(uri, run_id, key):
     return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
 
 
-def forwarder(folder, uri):
-    return Forwarder(folder, recipe("demo"), uri, "tests", {"recipe": "demo"})
+SOURCES = (
+    Source("train", "shards/train", "7" * 64, "/shared/shards/train", 40, 136),
+    Source("validation", "shards/val", "8" * 64, "https://***@host/shards/val", 12, 55),
+)
+
+
+def about(config=None, **more):
+    params = flat(dataclasses.asdict(config or recipe("demo")))
+    return About("tests", params, {"recipe": "demo"}, SOURCES, **more)
+
+
+def forwarder(folder, uri, **more):
+    return Forwarder(folder, uri, about(), **more)
+
+
+def write_system(folder, steps):
+    with (folder / SYSTEM_FILE).open("a") as file:
+        for step in steps:
+            line = {"kind": "system", "step": step, "time": 1.7e9 + step}
+            values = {"cpu_utilization_percentage": 50.0, "disk_usage_percentage": 10.0 + step}
+            file.write(json.dumps({**line, **values}) + "\n")
 
 
 def test_a_tail_gives_whole_lines_and_starts_anew_after_a_rewind(tmp_path):
@@ -84,6 +109,7 @@ def test_every_metric_arrives_once_through_restart_and_rewind(tmp_path):
     for step in range(1, 6):
         log.write("train", step, step / 10, loss=10.0 / step)
     log.write("evaluation", 5, 0.5, AP=0.25, **{"AP/traffic light (new)": 0.5})
+    log.write("event", 5, 0.5, event="message", text="hello")
     assert first.try_to_send()
     log.rewind(3, 0)  # resumed from step 3: steps 4 and 5 come again
     second = forwarder(folder, uri)
@@ -105,6 +131,16 @@ def test_every_metric_arrives_once_through_restart_and_rewind(tmp_path):
     assert run.data.params["optimizer.lr"] == "0.002"
     assert run.data.tags["recipe"] == "demo"
     assert {a.path for a in client.list_artifacts(run_id)} == {"config.json", "metrics.jsonl"}
+    # MLflow's only axis is the step: the epoch is a metric beside the others.
+    assert history(uri, run_id, "train/epoch") == [(s, s / 10) for s in range(1, 8)]
+    assert history(uri, run_id, "val/epoch") == [(5, 0.5)]
+    sources = {one.tags[0].value: one.dataset for one in run.inputs.dataset_inputs}
+    assert {k: (x.name, x.digest) for k, x in sources.items()} == {
+        "train": ("shards/train", "7" * 36), "validation": ("shards/val", "8" * 36),
+    }  # fmt: skip
+    assert json.loads(sources["train"].source) == {"uri": "/shared/shards/train"}
+    assert json.loads(sources["validation"].source) == {"url": "https://***@host/shards/val"}
+    assert json.loads(sources["train"].profile)["manifest_digest"] == "7" * 64
 
 
 def test_an_attempt_that_died_before_it_remembered_doubles_nothing(tmp_path):
@@ -116,19 +152,23 @@ def test_an_attempt_that_died_before_it_remembered_doubles_nothing(tmp_path):
     log.write("evaluation", 3, 0.3, AP=0.5)
     first = forwarder(folder, uri)
     first.open()
-    remembered = first.state_path.read_text()
+    remembered = (folder / "mlflow.json").read_text()
+    write_system(folder, range(3))
     assert first.try_to_send()
-    first.state_path.write_text(remembered)  # killed after sending
+    (folder / "mlflow.json").write_text(remembered)  # killed after sending
     log.rewind(1, 0)
     for step in (2, 3, 4):  # the same numbers, at other times
         log.write("train", step, step / 10, loss=1.0 / step)
     log.write("evaluation", 3, 0.3, AP=0.5)
+    write_system(folder, range(3, 5))
     second = forwarder(folder, uri)
     assert second.try_to_send()
     assert history(uri, second.state["run_id"], "train/loss") == [
         (step, 1.0 / step) for step in (1, 2, 3, 4)
     ]
-    assert history(uri, second.state["run_id"], "val/AP") == [(3, 0.5)]
+    run_id = second.state["run_id"]
+    assert history(uri, run_id, "val/AP") == [(3, 0.5)]
+    assert history(uri, run_id, "system/disk_usage_percentage") == [(x, 10.0 + x) for x in range(5)]
 
 
 def test_an_attempt_that_died_while_it_made_the_run_leaves_one(tmp_path):
@@ -138,7 +178,7 @@ def test_an_attempt_that_died_while_it_made_the_run_leaves_one(tmp_path):
     first = forwarder(folder, uri)
     first.open()
     state = {**first.state, "run_id": ""}  # killed before its id was written down
-    first.state_path.write_text(json.dumps(state))
+    (folder / "mlflow.json").write_text(json.dumps(state))
     second = forwarder(folder, uri)
     assert second.try_to_send()
     assert second.state["run_id"] == first.state["run_id"]
@@ -148,12 +188,45 @@ def test_an_attempt_that_died_while_it_made_the_run_leaves_one(tmp_path):
     # An option of execution has changed since: MLflow keeps what it was told first.
     config = recipe("demo")
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, log_every=7))
-    third = Forwarder(folder, config, uri, "tests", {})
+    third = Forwarder(folder, uri, about(config))
     assert third.try_to_send()
 
 
+def test_classes_of_any_name_are_taken_by_mlflow(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    uri, log = default_tracking_uri(folder), MetricsLog(folder)
+    names = ("Hat/Helmet", "a//b", "../up", "/top", "end/", "..", "{}$", "naïve 猫", "x" * 400)
+    classes = {f"AP/{name}": float(i) for i, name in enumerate(names)}
+    log.write("evaluation", 5, 0.5, AP=0.25, **classes)
+    sender = forwarder(folder, uri)
+    assert sender.try_to_send(), sender.why
+    data = mlflow.MlflowClient(tracking_uri=uri).get_run(sender.state["run_id"]).data
+    had = {value for key, value in data.metrics.items() if key.startswith("val/AP/")}
+    assert had == set(map(float, range(len(names))))
+
+
+def test_another_store_is_told_everything_and_the_same_one_nothing_twice(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    MetricsLog(folder).write("train", 1, 0.1, loss=1.0)
+    one, two = (f"sqlite:///{tmp_path}/{name}.db" for name in ("one", "two"))
+    (tmp_path / "alias.db").symlink_to(tmp_path / "two.db")  # as a server with two addresses
+    runs = {}
+    for uri in (one, two, one, f"sqlite:///{tmp_path}/alias.db"):
+        sender = forwarder(folder, uri)
+        assert sender.finish("FINISHED"), sender.why
+        assert history(uri, sender.state["run_id"], "train/loss") == [(1, 1.0)]
+        runs[uri] = sender.state["run_id"]
+    assert runs[f"sqlite:///{tmp_path}/alias.db"] == runs[two]
+    for uri in (one, two):
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("tests")
+        assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
 def test_more_metrics_than_one_batch_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.tracking.MOST_METRICS", 5)
+    monkeypatch.setattr("jobs.forwarder.MOST_METRICS", 5)
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)
     uri, log = default_tracking_uri(folder), MetricsLog(folder)
@@ -188,34 +261,47 @@ def test_a_password_is_never_shown(uri, expected):
     assert shown(uri) == expected
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+@pytest.mark.parametrize(
+    "uri", ["", "http://host:5000", "https://h/path", "sqlite:////runs/m.db", "databricks://a",
+            "postgresql+psycopg://host/mlflow"],
+)  # fmt: skip
+def test_stores_that_jobs_can_use(uri):
+    check_tracking_uri(uri)
 
 
-def start_server(store, port):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}/m.db",
-         "--artifacts-destination", f"{store}/artifacts", "--host", "127.0.0.1", "--port",
-         str(port), "--workers", "1"],
-        # Its runners of jobs are many processes, which nothing here uses.
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-            return process
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError("the MLflow server did not start")
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("htp://host:5000", "expected http://HOST:PORT"),
+        ("host:5000", "expected http://HOST:PORT"),
+        ("http://", "expected http://HOST:PORT"),
+        ("sqlite:///mlflow.db", "path from the root"),  # of which folder, on which node?
+        ("sqlite://", "path from the root"),
+        ("./mlruns", "path from the root"),
+        ("http://me:pa55word@host:5000", r"http://\*\*\*@host:5000: got a user or password"),
+    ],
+)
+def test_a_store_that_no_job_can_use_is_refused_in_a_line(uri, said):
+    with pytest.raises(UserError, match=said) as refused:
+        check_tracking_uri(uri)
+    assert "pa55word" not in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
-def stop_server(process):
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(60)
+@pytest.mark.parametrize("name", ["a/b", "a:b", "", "'; drop", " x"])
+def test_names_of_models(name):
+    check_model_name("table2_demo")
+    if name:  # empty: the default
+        with pytest.raises(UserError, match="model-name: got"):
+            check_model_name(name)
+
+
+def test_reasons_have_no_password():
+    uri = "postgresql://me:p%40ss@db/mlflow"
+    error = RuntimeError(f"cannot connect to {uri}\nmore")
+    assert reason(error, uri) == "cannot connect to postgresql://***@db/mlflow"
+    assert reason(RuntimeError("denied: 'p@ss' of me"), uri) == "denied: '***' of me"
+    assert reason(ValueError(), uri) == "ValueError"
 
 
 @pytest.mark.slow
@@ -228,10 +314,16 @@ def test_a_server_that_is_away_loses_nothing(tmp_path, monkeypatch, capfd, caplo
     log = MetricsLog(folder)
     sender = forwarder(folder, uri)
     log.write("train", 1, 0.1, loss=1.0)
+    said = []
+    sender.say = said.append
     assert not sender.try_to_send()  # not up yet
+    assert not sender.try_to_send()
+    assert len(said) == 1
+    assert "Connection refused" in said[0]
     server = start_server(tmp_path, port)
     try:
         assert sender.try_to_send()
+        assert "answers again" in said[1]
     finally:
         stop_server(server)
     log.write("train", 2, 0.2, loss=0.5)
@@ -263,12 +355,13 @@ def test_a_server_that_is_away_loses_nothing(tmp_path, monkeypatch, capfd, caplo
         stop_server(server)
         away = forwarder(other, secret)
         away.start()
-        assert not away.finish("FINISHED")
-        assert "did not answer" in caplog.text
+        assert not away.finish("FINISHED", pauses=(0.1,))
         told = [*capfd.readouterr(), caplog.text, str(run.to_dictionary())]
         told += [p.read_text(errors="replace") for p in other.rglob("*") if p.is_file()]
         assert not [text for text in told if "pa55word" in text]
         assert "***@127.0.0.1" in told[0]
+        assert "did not take all of" in told[0]
+        assert "Connection refused" in told[0]
     finally:
         if server.poll() is None:
             stop_server(server)

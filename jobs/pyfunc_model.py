@@ -1,0 +1,53 @@
+"""The code of a registered model: MLflow runs a copy of this file wherever the model is loaded.
+
+That process must be able to import this repository, with its operators built.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlflow.models
+import mlflow.pyfunc
+
+# MLflow takes annotations of a model's inputs for a request to check them, and advises them.
+warnings.filterwarnings("ignore", "(?s).*Add type hints to the `predict` method")
+
+COLUMNS = {
+    "image": "long", "label": "string", "score": "double",
+    "x": "double", "y": "double", "w": "double", "h": "double",
+}  # fmt: skip
+
+
+class DetectorModel(mlflow.pyfunc.PythonModel):
+    def load_context(self, context: Any) -> None:
+        try:
+            from pipeline.predict import Detector
+        except ModuleNotFoundError as error:
+            if error.name != "pipeline":
+                raise
+            raise ImportError(
+                "the model needs the repository that trained it: expected its root on PYTHONPATH, "
+                "with the operators built (python -m cuda_ops build)"
+            ) from None
+        self.detector = Detector.load(Path(context.artifacts["checkpoint"]))
+
+    def predict(self, context, model_input):  # type: ignore[no-untyped-def]
+        """Detections of all images as a data frame, those of an image by falling score: index of
+        the image, label, score, and the box (x, y of its upper left corner, w, h) in pixels.
+
+        model_input: a list, or a data frame with a column "image", of paths of image files, encoded
+        images as bytes, or uint8 arrays [H, W, 3] in RGB; or one path. Raises `ValueError` for
+        others.
+        """
+        import pandas as pd  # type: ignore[import-untyped]
+
+        from pipeline.predict_images import detections
+
+        images = [model_input] if isinstance(model_input, (str, bytes)) else model_input
+        if isinstance(images, pd.DataFrame):
+            images = images["image"]
+        return pd.DataFrame(detections(self.detector, list(images)), columns=list(COLUMNS))
+
+
+mlflow.models.set_model(DetectorModel())
