@@ -10,8 +10,9 @@ from jobs.delivery import deliver
 from jobs.forwarder import About, Forwarder
 from jobs.grid_state import Record
 from jobs.tracking import remembered
+from pipeline.tracking import read_lines
 from tests.jobs.made_up_runs import cell, write_grid, write_run
-from tests.jobs.mlflow_server import free_port, start_server, stop_server
+from tests.jobs.mlflow_server import free_port
 
 CELLS = {"baseline": [0.1, 0.3, 0.25], "k=1,fpn": [0.1, 0.2]}
 
@@ -177,32 +178,29 @@ def test_a_password_that_is_not_known_here(grid, monkeypatch):
     assert "pa55word" not in str(said)
 
 
-@pytest.mark.slow
-def test_a_server_that_was_away_all_the_time_has_everything_afterwards(grid, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
+def test_a_store_that_was_away_all_the_time_has_everything_afterwards(grid, tmp_path):
+    # tests/jobs/test_tracked_grid.py does so with a server.
+    store = tmp_path / "store"
+    store.touch()  # not the folder that it should be
+    uri = f"sqlite:///{store}/mlflow.db"
     for job in jobs_of(grid, uri):
         assert not job.finish("FINISHED")
     said = []
     deliver(grid, "", said.append)
     assert len(said) == 1
-    assert "Connection refused" in said[0]
-    server = start_server(tmp_path, port)
-    try:
+    assert "File exists" in said[0]
+    store.unlink()
+    store.mkdir()
+    for _ in range(2):
         deliver(grid, "", said.append)
-        assert len(said) == 1
-        deliver(grid, "", said.append)
-        parent, children = runs_of(uri)
-        assert parent.info.status == "FINISHED"
-        assert {run.info.status for run in children.values()} == {"FINISHED"}
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        for name, run in children.items():
-            had = client.get_metric_history(run.info.run_id, "val/AP")
-            log = (grid / "runs" / name / "metrics.jsonl").read_text().splitlines()
-            lines = [json.loads(text) for text in log]
-            expected = [(x["step"], x["AP"]) for x in lines if x["kind"] == "evaluation"]
-            assert [(m.step, m.value) for m in had] == expected
-    finally:
-        stop_server(server)
+    assert len(said) == 1
+    parent, children = runs_of(uri)
+    assert parent.info.status == "FINISHED"
+    assert len(children) == 3
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    for name, run in children.items():
+        assert run.info.status == "FINISHED"
+        had = client.get_metric_history(run.info.run_id, "val/AP")
+        lines = read_lines(grid / "runs" / name / "metrics.jsonl")
+        expected = [(x["step"], x["AP"]) for x in lines if x["kind"] == "evaluation"]
+        assert [(m.step, m.value) for m in had] == expected
