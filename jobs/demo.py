@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.cluster import available_cpus, local_cluster
-from jobs.spec import ROOT, JobSpec, code_version
+from jobs.grid_state import Code
+from jobs.spec import ROOT, JobSpec
 from jobs.submit import connect, follow, stop, submit
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
@@ -41,13 +42,15 @@ def demo(options: DemoOptions) -> None:
         schedule=replace(config.schedule, epochs=options.epochs or config.schedule.epochs),
     )
     folder = run_folder(output)
+    code = Code.present()
     spec = JobSpec(
         config=config.to_json(),
         folder=str(folder),
         workers=WORKERS,
         cpus_per_worker=max(1, available_cpus() // WORKERS),
         experiment="demo",
-        code=code_version(),
+        code=code.commit,
+        code_digest=code.digest,
     )
     step("starting a local Ray")
     with local_cluster() as address:
