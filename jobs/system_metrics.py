@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs.nvml import Gpus
+from jobs.gpus import Gpus
 from pipeline.tracking import read_lines
 from pipeline.whole_file import write_whole
 

@@ -1,4 +1,4 @@
-/* The functions of NVIDIA's NVML that jobs/nvml.py asks, for a node with two GPUs, the second of
+/* The functions of NVIDIA's NVML that jobs/gpus.py asks, for a node with two GPUs, the second of
    which tells only of its memory, as a part of a GPU (MIG) does. */
 #include <stdint.h>
 
@@ -6,7 +6,7 @@ typedef struct { unsigned long long total, free, used; } memory_t;
 typedef struct { unsigned int gpu, memory; } utilization_t;
 enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3 };
 
-int nvmlInit_v2(void) { return SUCCESS; }
+int nvmlInitWithFlags(unsigned int flags) { return flags ? INVALID_ARGUMENT : SUCCESS; }
 
 int nvmlDeviceGetCount_v2(unsigned int *count) { *count = 2; return SUCCESS; }
 
