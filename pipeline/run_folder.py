@@ -15,7 +15,7 @@ from pipeline.dataset import Dataset
 from pipeline.errors import FolderInUse, UserError
 from pipeline.evaluate import Evaluation
 from pipeline.stop import STOP_FILE
-from pipeline.whole_file import write_whole
+from pipeline.whole_file import PARTIAL, write_whole
 
 # What may be in the folder of a run that has not begun: of its launcher, and the lock.
 BEFORE_A_RUN = frozenset(("ray", "mlflow.json", "lock", STOP_FILE))
@@ -78,7 +78,7 @@ def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     """Raises `UserError` where the folder holds something other than a run."""
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if path.suffix != PARTIAL}
     if names - BEFORE_A_RUN and "config.json" not in names:
         raise UserError(
             f"--output {folder} holds something else ({min(names - BEFORE_A_RUN)}); choose a new "

@@ -21,6 +21,8 @@ ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ  # processes that run the t
 if ONE_OF_SEVERAL:
     # A core each; set before torch is imported, and for the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Ray's would be 15, behind the tests that do not wait for them.
+    os.environ.update(RAY_worker_niceness="0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,7 +76,7 @@ def module(*arguments: object) -> str:
 def run_module(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ from tests.jobs.nodes import Run, options
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tm
         [sys.executable, "-m", *map(str, arguments(drawn, folder, cluster, *epochs))],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 400
     while not list((folder / "checkpoints").glob("step-*[0-9]")):
         assert time.monotonic() < deadline, "no checkpoint in time"
         assert job.poll() is None, job.stdout.read()
@@ -87,7 +87,7 @@ def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tm
     assert len(workers) >= 2
     assert set(listening(family)) <= LOOPBACK  # while training, too
     workers[0].send_signal(signal.SIGKILL)
-    output, _ = job.communicate(timeout=200)
+    output, _ = job.communicate(timeout=500)
     assert job.returncode == 0, output
     assert "restarting" in output
     assert "resumed after step" in output
@@ -114,7 +114,7 @@ def test_a_job_trains_survives_a_killed_worker_and_is_tracked(drawn, cluster, tm
     # Submitted once more, the finished run ends at once and changes nothing.
     again = subprocess.run(
         [sys.executable, "-m", *map(str, arguments(drawn, folder, cluster, *epochs))],
-        cwd=ROOT, capture_output=True, text=True, timeout=200,
+        cwd=ROOT, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert again.returncode == 0, again.stdout
     after = [x["step"] for x in read_lines(folder / "metrics.jsonl") if x["kind"] == "train"]
@@ -149,31 +149,30 @@ def test_a_job_without_room_says_so_and_can_be_stopped(drawn, cluster, tmp_path,
     assert "8 workers of 64 CPU each; the cluster has room for 0 (nodes: 1)" in said
     stopped = run_command("jobs", "stop", "--job", "wide-0", "--address", cluster)
     assert "STOPPED" in stopped.stdout
-    assert "stopped as asked" in job.communicate(timeout=60)[0]
+    assert "stopped as asked" in job.communicate(timeout=200)[0]
 
 
 def test_an_interrupted_local_run_saves_and_goes_on(drawn, tmp_path, run_command):
     run = Run(tmp_path / "run")
-    command = [
-        sys.executable, "-m", "jobs", *map(str, options(drawn, run.folder, 12, "--workers", 2))
-    ]  # fmt: skip
+    asked = options(drawn, run.folder, 6, "--workers", 2, "--no-register")
+    command = [sys.executable, "-m", "jobs", *map(str, asked)]
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while run.step() < 3:
         assert time.monotonic() < deadline
         assert job.poll() is None, job.communicate()
         time.sleep(0.05)
     job.send_signal(signal.SIGINT)
-    _, said = job.communicate(timeout=120)
+    _, said = job.communicate(timeout=300)
     assert job.returncode == 130
     assert said.decode().splitlines()[-1] == (
         "interrupted; what it started is stopped; the same command goes on"
     )
     assert run.lines("event")[-1]["event"] == "stopped"
-    assert checkpoint_steps(run.folder)[-1] == run.step() < 60
+    assert checkpoint_steps(run.folder)[-1] == run.step() < 30
     resumed = run_command("jobs", "resume", run.folder, "--workers", 1)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert run.step() == 60
+    assert run.step() == 30
     assert [line["world"] for line in run.lines("event") if line["event"] == "start"] == [2, 1]
 
 
@@ -199,7 +198,7 @@ def test_a_local_cluster_is_closed_to_the_network_and_leaves_nothing_behind(tmp_
     before = {p.pid for p in psutil.process_iter()}
     kept = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     with local_cluster():
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         # The dashboard answers before the raylet has been started.
         while not all(listening(children(part)) for part in ("gcs_server", "raylet")):
             assert time.monotonic() < deadline

@@ -99,6 +99,7 @@ def test_a_weight_that_is_not_finite_on_one_rank_is_told_by_the_other(found):
     assert "parameters encoder.0.norm.weight (2 of 64)" in found[0]["said"]
 
 
+@pytest.mark.chaos  # minutes; test_training_state.py has the same of small engines
 def test_a_run_goes_on_to_the_last_bit_and_is_replayed_on_one_process(drawn, tmp_path):
     """What a kill after step 6 would leave is made of a whole run, to save a start."""
     script = tmp_path / "script.py"
