@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jobs.system_metrics import SYSTEM_FILE
+from jobs.tracking import SYSTEM_FILE
 
 FILES = ("config.json", "best.json", "predictions.png", "metrics.jsonl", SYSTEM_FILE)
 FIGURES = "figures"  # a folder

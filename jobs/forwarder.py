@@ -13,9 +13,9 @@ from typing import Any
 from jobs.artifacts import upload
 from jobs.parent_run import parent_of
 from jobs.registry import register
-from jobs.system_metrics import SYSTEM_FILE
 from jobs.tracking import (
     STATE_FILE,
+    SYSTEM_FILE,
     connect,
     made_once,
     metric_name,

@@ -38,7 +38,9 @@ class JobSpec:
     grid: str = ""
     """Folder of the grid that this is a cell's run of, if it is."""
     code: str = ""
+    """Commit of the checkout that was submitted."""
     code_digest: str = ""
+    """Of the sources that train (`jobs.grid_state.Code`)."""
 
     def run_config(self) -> RunConfig:
         return RunConfig.from_json(self.config)

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 
 from jobs.gpus import Gpus
+from jobs.tracking import SYSTEM_FILE
 from pipeline.tracking import read_lines
 from pipeline.whole_file import write_whole
 
-SYSTEM_FILE = "system.jsonl"
 EVERY = 15.0  # seconds between two lines
 MEGABYTE = 1e6
 

@@ -18,6 +18,7 @@ from filelock import FileLock
 from pipeline.errors import UserError
 
 STATE_FILE = "mlflow.json"
+SYSTEM_FILE = "system.jsonl"  # written by jobs.system_metrics, which clients do without
 LONGEST_NAME = 250  # of a metric, MLflow's limit
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.,=+-]{0,199}")
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
