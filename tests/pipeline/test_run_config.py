@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from model.config import ModelConfig
-from pipeline.__main__ import TrainOptions
 from pipeline.cli import REQUIRED, parse_run
+from pipeline.commands.train import TrainOptions
 from pipeline.config import (
     AugmentConfig,
     DataConfig,
