@@ -73,7 +73,8 @@ class FasterRCNN(nn.Module):
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
         maps = self.backbone.pyramid(images.to(self.rpn.head.cls_logits.weight.dtype))
-        pyramid = list(self.fpn(OrderedDict(enumerate(maps))).values())
+        named = OrderedDict((str(level), x) for level, x in enumerate(maps))
+        pyramid = list(self.fpn(named).values())
 
         per_level = self.rpn.head(pyramid)
         cells = [x[0].numel() for x in per_level[0]]

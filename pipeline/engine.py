@@ -161,12 +161,6 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     micro = micro_batch_size(config, world)
     share = -(-config.optimizer.batch_size // world)
     stage = config.engine.zero_stage if world > 1 else 0  # alone there is nothing to partition
-    if stage == 3 and config.model.architecture == "faster_rcnn":
-        # DeepSpeed's hooks read maps of features by name, and those of its pyramid have numbers.
-        raise UserError(
-            "engine.zero_stage: got 3, which Faster R-CNN does not train in; use "
-            "--engine.zero-stage 2"
-        )
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         # Of the ranks with the largest shares; each tells the engine where its own passes end.

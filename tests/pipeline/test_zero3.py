@@ -74,6 +74,12 @@ def test_steps_are_those_of_stage_2(found):
     assert min(report["apart"]["losses"][4:6]) < 1 < min(report["apart"]["losses"][6:])
 
 
+def test_a_faster_rcnn_trains_as_in_stage_2(found):
+    report, _ = found
+    assert report["cnn_apart"] == pytest.approx(report["cnn_gathered"], rel=1e-4)
+    assert report["cnn_apart"][2] < report["cnn_apart"][0]
+
+
 def test_the_average_in_parts_is_that_of_whole_weights(found):
     assert found[0]["apart"]["same_average"]
 

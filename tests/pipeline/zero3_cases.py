@@ -173,6 +173,25 @@ def poisoned(state: State) -> str:
     return ""
 
 
+def cnn_losses(stage: int) -> list[float]:
+    """Of a Faster R-CNN, over three steps on the same batch."""
+    config = recipe("faster_rcnn_r50_fpn_demo")
+    config = replace(config, engine=settings(stage).engine)
+    torch.manual_seed(0)
+    state = new_state(config, build_model(config.model), 3)
+    state.engine.train()
+    criterion = build_criterion(config.model)
+    given, losses = batch(dist.get_rank(), 2), []
+    for step in range(3):
+        torch.manual_seed(step)
+        outputs = state.engine(given.normalized_images(), given.padding_mask)
+        loss = criterion(outputs, given.targets)["loss"]
+        state.updater.backward(loss, last=True)
+        assert state.updater.step()
+        losses.append(float(loss))
+    return losses
+
+
 def main(folder: Path) -> None:
     rank, _ = start_process_group(torch.device("cpu"))
     default, pipeline.engine.KEPT_WHOLE = pipeline.engine.KEPT_WHOLE, 0
@@ -184,6 +203,7 @@ def main(folder: Path) -> None:
         "evaluated": evaluated(state), "bad": bad_pass(state, folder), "said": poisoned(state),
     }  # fmt: skip
     report["gathered"] = train(new(2), folder)
+    report["cnn_apart"], report["cnn_gathered"] = cnn_losses(3), cnn_losses(2)
     pipeline.engine.KEPT_WHOLE = default
     state = new(3)
     report["some_whole"] = train(state, folder)
