@@ -4,6 +4,7 @@ That process must be able to import this repository, with its operators built.
 """
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,18 @@ class DetectorModel(mlflow.pyfunc.PythonModel):
         """
         import pandas as pd  # type: ignore[import-untyped]
 
-        from pipeline.predict_images import detections
-
         images = [model_input] if isinstance(model_input, (str, bytes)) else model_input
         if isinstance(images, pd.DataFrame):
             images = images["image"]
-        return pd.DataFrame(detections(self.detector, list(images)), columns=list(COLUMNS))
+        found = enumerate(self.detector.predict(list(images)))
+        rows = [(index, *row) for index, objects in found for row in _rows(objects)]
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _rows(objects: Any) -> Iterator[tuple[str, float, float, float, float, float]]:
+    boxes, scores = objects.boxes.tolist(), objects.scores.tolist()
+    for label, score, (x0, y0, x1, y1) in zip(objects.labels, scores, boxes, strict=True):
+        yield label, score, x0, y0, x1 - x0, y1 - y0
 
 
 mlflow.models.set_model(DetectorModel())

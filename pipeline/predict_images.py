@@ -1,78 +1,62 @@
-"""Detections of images from anywhere: files, encoded bytes, arrays."""
+"""Images from anywhere, made ready for a detector: files, encoded bytes, Pillow images, arrays."""
 
-from collections.abc import Sequence
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
-from pipeline.data.augment import Example, resize_for_evaluation
-from pipeline.data.batch import collate
-from pipeline.data.images import decode_image
-from pipeline.engine import AUTOCAST
-from pipeline.evaluate import evaluating, predict
-from pipeline.predict import Detector
+from pipeline.config import AugmentConfig
+from pipeline.data.augment import Example, for_evaluation, transform
+from pipeline.data.colours import to_rgb
+from pipeline.data.images import decode_as_shown
 
 
-def detections(detector: Detector, images: Sequence[Any]) -> list[dict[str, Any]]:
-    """One record for each detection: `image` (index), `label`, `score`, and the box as x, y, w, h
-    in pixels; by image, then by falling score, at most a hundred of each.
+@dataclass(frozen=True)
+class Prepared:
+    """Pixels in the size that the model sees, and the size in pixels in which boxes are wanted."""
 
-    images: paths, encoded images as bytes, or uint8 arrays [H, W, 3] in RGB. Raises `ValueError`
-    that names the image for any other, and `OSError` for a file that cannot be read.
+    example: Example
+    width: int
+    height: int
+
+
+def prepare(image: Any, config: AugmentConfig) -> Prepared:
+    """Decodes, turns as EXIF says, and resizes as in evaluation. Safe on any thread.
+
+    image: a path, an encoded image as bytes, a Pillow image, or a uint8 array [H, W, 3] in RGB or
+    [H, W] in grey. Raises `ValueError` for any other, and `OSError` for a file that cannot be read.
     """
-    found: list[dict[str, Any]] = []
-    dtype = AUTOCAST.get(detector.config.engine.precision)
-    size = detector.config.engine.evaluation_batch
-    remaining = enumerate(images)
-    with evaluating(detector.model):
-        while part := list(islice(remaining, size)):
-            examples, records = [], []
-            for index, image in part:
-                example = _example(image, index)
-                height, width = example.image.shape[-2:]
-                records.append({"id": index, "height": height, "width": width})
-                examples.append(resize_for_evaluation(example, detector.config.augment))
-            batch = collate(examples, records).to(detector.device)
-            for (index, _), result in zip(part, predict(detector.model, batch, dtype), strict=True):
-                found += _records(detector, index, result)
-    return found
-
-
-def _example(image: Any, index: int) -> Example:
-    """Pixels without objects."""
     if isinstance(image, (str, Path)):
         image = Path(image).read_bytes()
-    if isinstance(image, (bytes, bytearray)):
-        try:
-            pixels = decode_image(bytes(image))[0]
-        except ValueError as error:
-            raise ValueError(f"image {index}: {error}") from None
-    elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(
-                f"image {index}: got an array of {image.dtype} {list(image.shape)}, expected uint8 "
-                f"[H, W, 3] in RGB"
-            )
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        pixels, height, width = decode_as_shown(
+            bytes(image), lambda size: for_evaluation(size, config).size
+        )
     else:
+        pixels = torch.from_numpy(_array(image)).permute(2, 0, 1)
+        height, width = pixels.shape[-2:]
+    example = Example(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    return Prepared(transform(example, for_evaluation((height, width), config)), width, height)
+
+
+def _array(image: Any) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    if isinstance(image, Image.Image):
+        # Turned already, it has no orientation left.
+        return np.array(to_rgb(ImageOps.exif_transpose(image)))
+    if not isinstance(image, np.ndarray):
         raise ValueError(
-            f"image {index}: got {type(image).__name__}, expected a path, bytes of an image file, "
+            f"got {type(image).__name__}, expected a path, bytes of an image file, a Pillow image, "
             f"or a uint8 array [H, W, 3]"
         )
-    return Example(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-
-
-def _records(detector: Detector, index: int, result: dict[str, torch.Tensor]) -> Any:
-    boxes, scores = result["boxes"].double().cpu().tolist(), result["scores"].double().tolist()
-    for (x0, y0, x1, y1), score, column in zip(
-        boxes, scores, result["labels"].tolist(), strict=True
-    ):
-        if detector.labels.category_of[column] >= 0:
-            label = detector.labels.names[column]
-            yield {
-                "image": index, "label": label, "score": score,
-                "x": x0, "y": y0, "w": x1 - x0, "h": y1 - y0,
-            }  # fmt: skip
+    grey = image.ndim == 2
+    if image.dtype != np.uint8 or not (grey or image.shape[2:] == (3,)) or not image.size:
+        raise ValueError(
+            f"got an array of {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] in RGB, "
+            f"or [H, W] in grey"
+        )
+    # A copy: torch does not take memory that cannot be written, or that is read backwards.
+    return np.repeat(image[..., None], 3, axis=2) if grey else np.array(image, order="C")

@@ -6,6 +6,9 @@ torch resizes several times as fast.
 """
 
 import io
+import struct
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,18 +16,34 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from pipeline.data.colours import to_rgb
 
-def decode_image(data: bytes, needed: tuple[int, int] | None = None) -> tuple[Tensor, int, int]:
-    """Pixels uint8 [3, h, w] as RGB, and the height and width of the image in the file.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What Pillow may open. Others are rare and their readers little tested, and EPS runs a program."""
+
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""From twice Pillow's limit on, where it refuses, too: a small file may promise gigabytes."""
+
+# From the limit itself on Pillow warns, of images that are decoded all the same.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+def decode_image(data: bytes, needed: Size | None = None) -> tuple[Tensor, int, int]:
+    """Pixels uint8 [3, h, w] as RGB as they are stored, and the height and width of the image in
+    the file.
 
     needed: the (height, width) to which the pixels are to be resized, if they are. A JPEG file of
     four times that or more is decoded at a half or a quarter and resized here, so that (h, w) is
-    `needed`; else it is the size in the file. EXIF rotation is not applied, as COCO's boxes want.
-    Raises `ValueError` for bytes that no decoder takes.
+    `needed`; else it is the size in the file. EXIF orientation is not applied, as COCO's boxes
+    want: for training and evaluation. Raises `ValueError` for bytes that no decoder takes.
     """
     size = _plain_jpeg_size(data)
     if size is None or (needed is not None and _reduction(size, needed) > 1):
         return _by_pillow(data, needed)
+    _check_size(*size)
     try:
         # Copied, because torch does not take memory that cannot be written.
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB)
@@ -33,10 +52,50 @@ def decode_image(data: bytes, needed: tuple[int, int] | None = None) -> tuple[Te
     return pixels, *pixels.shape[-2:]
 
 
+def decode_as_shown(
+    data: bytes, needed: Callable[[Size], Size] | None = None
+) -> tuple[Tensor, int, int]:
+    """Pixels, height and width as in `decode_image`, of the image as a viewer shows it: turned and
+    mirrored as its EXIF orientation says. For prediction alone: boxes of COCO's annotations are in
+    stored pixels.
+
+    needed: the size that an image of a size is to be resized to, both as shown.
+    """
+    with _opened(data) as image:
+        width, height = image.size
+        # A TIFF file is turned by Pillow itself, in `decode_image`, too.
+        orientation = 1 if image.format == "TIFF" else _orientation(image)
+    swapped = orientation >= 5
+    shown = (width, height) if swapped else (height, width)
+    wanted = needed(shown) if needed else None
+    stored = wanted[::-1] if wanted and swapped else wanted
+    pixels = decode_image(data, stored)[0]
+    if orientation == 1:
+        return pixels, *shown
+    turned = pixels.transpose(-1, -2) if swapped else pixels
+    flipped = turned.flip(FLIPPED[orientation])
+    return flipped[None].contiguous(memory_format=torch.channels_last)[0], *shown
+
+
+FLIPPED: dict[int, tuple[int, ...]] = {
+    2: (-1,), 3: (-2, -1), 4: (-2,), 5: (), 6: (-1,), 7: (-2, -1), 8: (-2,),
+}  # fmt: skip
+"""Dimensions that are mirrored for each EXIF orientation, from 5 on of the transposed image."""
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1 where there is none, or it is damaged, as viewers take it."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged one trips Pillow in every way there is
+        return 1
+    return found if found in range(1, 9) else 1
+
+
 _RGB, _BILINEAR = ImageReadMode.RGB, Image.Resampling.BILINEAR
 
 
-def _reduction(size: tuple[int, int], needed: tuple[int, int]) -> int:
+def _reduction(size: Size, needed: Size) -> int:
     """The largest of 1, 2, 4 by which `size` can be divided and is still twice `needed`.
 
     From twice on, the resize that follows decides how sharp the result is, so that it differs from
@@ -46,25 +105,55 @@ def _reduction(size: tuple[int, int], needed: tuple[int, int]) -> int:
     return max(n for n in (1, 2, 4) if n <= max(1, ratio))
 
 
-def _by_pillow(data: bytes, needed: tuple[int, int] | None) -> tuple[Tensor, int, int]:
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            width, height = opened.size
-            scale = _reduction((height, width), needed) if needed else 1
+def _by_pillow(data: bytes, needed: Size | None) -> tuple[Tensor, int, int]:
+    with _opened(data) as opened:
+        width, height = opened.size
+        scale = _reduction((height, width), needed) if needed else 1
+        try:
             # Only JPEG files can be drafted; for others it returns None.
             if needed and scale > 1 and opened.draft("RGB", (width // scale, height // scale)):
                 # The last row and column may be of fewer pixels than the others.
                 part = (0, 0, width / scale, height / scale)
-                image = opened.convert("RGB").resize(needed[::-1], _BILINEAR, part)
+                image = to_rgb(opened).resize(needed[::-1], _BILINEAR, part)
             else:
-                image = opened.convert("RGB")
-            pixels = np.array(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1), height, width
+                image = to_rgb(opened)
+        except _DAMAGED as error:
+            raise ValueError(_said(error)) from None
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1), height, width
 
 
-def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+def _opened(data: bytes) -> Image.Image:
+    """The image, of which only the header is read. Raises `ValueError` where there is none."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        start = f"starts with {data[:12]!r}" if data else "is empty"
+        raise ValueError(f"got a file that {start}, expected {', '.join(FORMATS)}") from None
+    except _DAMAGED as error:
+        raise ValueError(_said(error)) from None
+    _check_size(*image.size[::-1])
+    return image
+
+
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, OverflowError, EOFError, LookupError, struct.error, TypeError,
+    Image.DecompressionBombError, MemoryError,
+)  # fmt: skip
+
+
+def _said(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"got {width}x{height} pixels, expected at most {MOST_PIXELS} in all (a decompression "
+            f"bomb otherwise); make the image smaller"
+        )
+
+
+def _plain_jpeg_size(data: bytes) -> Size | None:
     """(height, width) of a JPEG file with 8 bits in one or three channels, which both decoders
     read alike; None for another format, and for CMYK."""
     if data[:2] != b"\xff\xd8":
