@@ -18,14 +18,15 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.data.colours import to_rgb
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What Pillow may open. Others are rare and their readers little tested, and EPS runs a program."""
+Image.init()  # all its readers are known by name from here on
 
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """From twice Pillow's limit on, where it refuses, too: a small file may promise gigabytes."""
 
-# From the limit itself on Pillow warns, of images that are decoded all the same.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of odd metadata, and near that limit, in images that are decoded all the same.
+warnings.filterwarnings("ignore", module="PIL")
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
