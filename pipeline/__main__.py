@@ -15,7 +15,7 @@ from pipeline.commands.visualize import run_visualize
 COMMANDS = {
     "train": Command(run_train, "train a recipe, or resume the run in --output"),
     "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint on a shard folder"),
-    "predict": Command(run_predict, "a picture of predictions beside the ground truth"),
+    "predict": Command(run_predict, "objects in image files: COCO JSON, CSV and pictures"),
     "visualize": Command(run_visualize, "what a checkpoint looks at, in pictures"),
     "export": Command(run_export, "a checkpoint for the transformers library"),
     "replay": Command(run_replay, "take a step of a run again"),

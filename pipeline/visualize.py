@@ -1,24 +1,22 @@
 """Predictions drawn beside the ground truth."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import nn
 
 from model.postprocess import postprocess
 from pipeline.config import RunConfig
 from pipeline.data.augment import resize_for_evaluation
 from pipeline.data.batch import collate, decode
+from pipeline.data.images import decode_image
 from pipeline.data.labels import Labels
 from pipeline.data.objects import objects
 from pipeline.data.shards import Sample, ShardSet
+from pipeline.drawing import Label, draw_labels, font_of
 
-# Colours that stay apart for people who see few of them (Okabe and Ito's palette).
-COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 TILE = 360  # pixels, longest side of one drawn image
 
 
@@ -61,7 +59,7 @@ def draw_images(
         result = postprocess(outputs, batch.sizes.to(device))[0]
         kept = result["scores"] >= threshold
         predicted = [
-            (box, int(label), f"{labels.names[int(label)]} {score:.2f}")
+            Label(box, label, f"{labels.names[label]} {score:.2f}")
             for box, label, score in zip(
                 result["boxes"][kept].tolist(),
                 result["labels"][kept].tolist(),
@@ -71,43 +69,30 @@ def draw_images(
         ]
         tiles.append(_draw(sample, _truth(sample, labels), "ground truth"))
         title = f"score >= {threshold:g}" if predicted else f"none scores {threshold:g}"
-        tiles.append(_draw(sample, predicted[::-1], title))  # the best drawn last
+        tiles.append(_draw(sample, predicted, title))
     _sheet(tiles, columns=4 if len(indices) > 1 else 2).save(path)
 
 
-def _truth(sample: Sample, labels: Labels) -> list[tuple[list[float], int, str]]:
+def _truth(sample: Sample, labels: Labels) -> list[Label]:
     column_of = labels.column_of()
     drawn = []
     for annotation in objects(sample.annotations, column_of):
         x, y, w, h = annotation["bbox"]
         column = column_of[int(annotation["category_id"])]
         name = labels.names[column] + (" (crowd)" if annotation.get("iscrowd") else "")
-        drawn.append(([x, y, x + w, y + h], column, name))
+        drawn.append(Label((x, y, x + w, y + h), column, name))
     return drawn
 
 
-def _draw(sample: Sample, boxes: list[tuple[list[float], int, str]], title: str) -> Image.Image:
-    image = Image.open(io.BytesIO(sample.image_bytes)).convert("RGB")
+def _draw(sample: Sample, labels: list[Label], title: str) -> Image.Image:
+    image = Image.fromarray(decode_image(sample.image_bytes)[0].permute(1, 2, 0).numpy())
     scale = TILE / max(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)))
-    pen = ImageDraw.Draw(image)
-    # Pillow's own font has no letters beyond ASCII.
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 12)
-    for box, column, _ in boxes:
-        x0, y0, x1, y1 = (v * scale for v in box)
-        pen.rectangle(
-            [x0, y0, max(x0, x1), max(y0, y1)], outline=COLOURS[column % len(COLOURS)], width=2
-        )
-    for box, column, text in boxes:  # over all lines, to be read
-        x0, y0 = box[0] * scale, box[1] * scale
-        at = (min(max(0, x0), image.width - pen.textlength(text, font) - 3), max(0, y0 - 15))
-        left, top, right, bottom = pen.textbbox(at, text, font=font)
-        pen.rectangle([left, top, right + 2, bottom + 1], fill=COLOURS[column % len(COLOURS)])
-        pen.text(at, text, fill="black", font=font)
+    draw_labels(image, [label.scaled(scale) for label in labels])
     tile = Image.new("RGB", (TILE, TILE + 20), "white")
     tile.paste(image, (0, 20))
     name = f"{title}: {sample.image.get('file_name')}"
-    ImageDraw.Draw(tile).text((4, 2), name, fill="black", font=font)
+    ImageDraw.Draw(tile).text((4, 2), name, fill="black", font=font_of(12))
     return tile
 
 

@@ -1,7 +1,11 @@
 """`python -m pipeline predict`."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from pipeline.cli import parse
 from pipeline.errors import UserError
@@ -9,16 +13,26 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class PredictOptions:
-    checkpoint: Path
+    checkpoint: Annotated[Path, Positional, arg(metavar="CHECKPOINT")]
     """A run folder (its best checkpoint), a checkpoint in it, or a model.pt."""
-    data: str
-    """Shard folder, or its URL, whose images are drawn."""
-    output: Path = Path("predictions.png")
-    count: int = 6
-    """Number of images, spread over the set."""
+    images: Annotated[tuple[str, ...], Positional, arg(metavar="IMAGES")]
+    """Image files, folders of them, or patterns in quotes, such as 'videos/**/*.jpg'."""
+    output: Path = Path("predictions")
+    """Folder for detections.json, detections.csv and pictures; a new or an empty one."""
+    recursive: bool = False
+    """Also take the images of subfolders."""
+    pictures: bool = True
+    """Draw the boxes into copies of the images."""
     threshold: float = 0.3
-    """Smallest score that is drawn."""
+    """Smallest score that counts, in the files as in the pictures."""
+    most: int = 100
+    """The best of an image that count, at most."""
+    batch_size: int = 0
+    """Images in one forward pass. 0: as in the run's own evaluations."""
     device: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda."""
+    precision: Literal["", "fp32", "bf16", "fp16"] = ""
+    """Empty: as the run was trained."""
 
 
 def run_predict(args: list[str]) -> None:
@@ -26,26 +40,49 @@ def run_predict(args: list[str]) -> None:
         PredictOptions,
         args,
         "python -m pipeline predict",
-        "Draws a checkpoint's predictions beside the ground truth.\n\nExample: "
-        "python -m pipeline predict --checkpoint runs/r50 --data shards/val --output out.png",
+        "Finds objects in images: a COCO data set with scores, a table, and pictures with boxes."
+        "\n\nExample: python -m pipeline predict runs/r50 photos street.jpg --output found",
     )
-    check_picture(options.output)
+    check_prediction(options)
+    from pipeline.image_files import find_images
+    from pipeline.prediction_files import check_output, writing
+
+    check_output(options.output)
+    files = find_images(options.images, options.recursive)
     from pipeline.predict import Detector
-    from pipeline.visualize import draw_predictions
+    from pipeline.predict_files import predict_files
 
-    detector = Detector.load(options.checkpoint, options.device)
-    shards = detector.open(options.data)
-    draw_predictions(
-        detector.model, shards, detector.labels, detector.config, detector.device,
-        options.output, options.count, options.threshold,
-    )  # fmt: skip
-    print(f"saved {options.output}")
+    detector = Detector.load(options.checkpoint, options.device, options.precision)
+    info = {
+        "description": "detections by python -m pipeline predict",
+        "checkpoint": str(options.checkpoint),
+        "images": str(files.folder),
+        "threshold": options.threshold,
+        "most": options.most,
+    }
+    started = time.monotonic()
+    with writing(options.output, detector.labels, info) as output:
+        predict_files(
+            detector, files, output, options.output / "pictures" if options.pictures else None,
+            options.threshold, options.most, options.batch_size,
+        )  # fmt: skip
+    speed = len(output.images) / (time.monotonic() - started)
+    print(
+        f"saved {options.output}: {output.objects} objects in {len(output.images)} images, "
+        f"{speed:.3g} images/s"
+    )
+    if output.left_out:
+        raise UserError(
+            f"{output.left_out} of {len(files)} images cannot be read and are left out; "
+            f"{output.left_out_path} says why of each"
+        )
 
 
-def check_picture(output: Path) -> None:
-    """Raises `UserError` where no picture can be saved."""
-    known = (".png", ".jpg", ".jpeg", ".webp")
-    if output.is_dir() or output.suffix.lower() not in known:
-        raise UserError(f"--output: got {output}, expected a file ending in {', '.join(known)}")
-    if not output.parent.is_dir():
-        raise UserError(f"--output: folder {str(output.parent)!r} does not exist")
+def check_prediction(options: PredictOptions) -> None:
+    """Raises `UserError` for what can be seen before anything is loaded."""
+    if not 0 <= options.threshold <= 1:
+        raise UserError(f"--threshold: got {options.threshold:g}, expected 0 to 1")
+    if options.most < 1:
+        raise UserError(f"--most: got {options.most}, expected 1 or more")
+    if options.batch_size < 0:
+        raise UserError(f"--batch-size: got {options.batch_size}, expected 0 or more")
