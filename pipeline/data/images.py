@@ -44,7 +44,11 @@ def decode_image(data: bytes, needed: Size | None = None) -> tuple[Tensor, int, 
     size = _plain_jpeg_size(data)
     if size is None or (needed is not None and _reduction(size, needed) > 1):
         return _by_pillow(data, needed)
-    _check_size(*size)
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(
+            f"got {size[1]}x{size[0]} pixels, expected at most {MOST_PIXELS} in all (a "
+            f"decompression bomb otherwise); make the image smaller"
+        )
     try:
         # Copied, because torch does not take memory that cannot be written.
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB)
@@ -126,14 +130,12 @@ def _by_pillow(data: bytes, needed: Size | None) -> tuple[Tensor, int, int]:
 def _opened(data: bytes) -> Image.Image:
     """The image, of which only the header is read. Raises `ValueError` where there is none."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         start = f"starts with {data[:12]!r}" if data else "is empty"
         raise ValueError(f"got a file that {start}, expected {', '.join(FORMATS)}") from None
     except _DAMAGED as error:
         raise ValueError(_said(error)) from None
-    _check_size(*image.size[::-1])
-    return image
 
 
 _DAMAGED = (
@@ -144,14 +146,6 @@ _DAMAGED = (
 
 def _said(error: BaseException) -> str:
     return str(error) or type(error).__name__
-
-
-def _check_size(height: int, width: int) -> None:
-    if height * width > MOST_PIXELS:
-        raise ValueError(
-            f"got {width}x{height} pixels, expected at most {MOST_PIXELS} in all (a decompression "
-            f"bomb otherwise); make the image smaller"
-        )
 
 
 def _plain_jpeg_size(data: bytes) -> Size | None:

@@ -5,12 +5,13 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.data.images import decode_image
+from pipeline.data.images import decode_as_shown, decode_image
 
 
 def photograph(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -136,3 +137,197 @@ def test_a_header_that_promises_far_too_much_is_an_error():
     huge[29:33] = zlib.crc32(bytes(huge[12:29])).to_bytes(4, "big")
     with pytest.raises(ValueError, match="decompression bomb"):
         decode_image(bytes(huge))
+
+
+# Colours, against what each format means
+
+
+def rgb(data: bytes) -> np.ndarray:
+    return decode_image(data)[0].permute(1, 2, 0).numpy()
+
+
+def solid(mode: str, colour, kind: str, **options) -> np.ndarray:
+    """The decoded RGB of a file of one colour, of which the JPEG ones are within a few."""
+    return rgb(encoded(Image.new(mode, (16, 16), colour), kind, **options))[8, 8].astype(int)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_keep_their_contrast(kind):
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    file = Image.fromarray(values) if kind != "PPM" else Image.fromarray(values.astype(np.int32))
+    data = encoded(file, kind)
+    expected = np.floor(values / 257 + 0.5)
+    for channel in range(3):
+        np.testing.assert_array_equal(rgb(data)[..., channel], expected)
+
+
+def test_big_endian_tiff_of_sixteen_bits():
+    values = np.array([[0, 257], [128 * 257, 65535]], dtype=">u2")
+    entries = [(256, 2), (257, 2), (258, 16), (259, 1), (262, 1), (273, 0), (277, 1), (279, 8)]
+    at = 8 + 2 + 12 * len(entries) + 4
+    head = b"MM\0*" + (8).to_bytes(4) + len(entries).to_bytes(2)
+    for tag, value in entries:
+        head += tag.to_bytes(2) + (4).to_bytes(2) + (1).to_bytes(4)
+        head += (at if tag == 273 else value).to_bytes(4)
+    data = head + bytes(4) + values.tobytes()
+    np.testing.assert_array_equal(rgb(data)[..., 0], [[0, 1], [128, 255]])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.full((4, 4), 70_000, np.int32), "70000, expected 0 to 65535"),
+        (np.full((4, 4), -1, np.int32), "-1 to -1"),
+        (np.full((4, 4), 0.5, np.float32), "floating point"),
+    ],
+)
+def test_grey_without_a_known_white_is_refused(values, said):
+    with pytest.raises(ValueError, match=said):
+        decode_image(encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_cmyk_jpegs_are_inverted_and_tiffs_are_not():
+    """As Adobe writes them: ink of 0 is stored as 255 in a JPEG."""
+    cmyk = {"red": (0, 255, 255, 0), "cyan": (255, 0, 0, 0), "dark": (0, 0, 0, 200)}
+    expected = {"red": (255, 0, 0), "cyan": (0, 255, 255), "dark": (55, 55, 55)}
+    for name, colour in cmyk.items():
+        np.testing.assert_array_equal(solid("CMYK", colour, "TIFF"), expected[name])
+        jpeg = solid("CMYK", colour, "JPEG", quality=95)
+        assert np.abs(jpeg - expected[name]).max() <= 4, (name, jpeg)
+    ink = np.asarray(photograph(40, 56, "CMYK"))
+    paper = (255 - ink[..., :3].astype(float)) * (255 - ink[..., 3:].astype(float)) / 255
+    got = rgb(encoded(Image.fromarray(ink, "CMYK"), "TIFF"))
+    assert np.abs(got - paper).max() <= 1
+
+
+def test_transparency_is_dropped_and_not_laid_on_anything():
+    rgba = np.array(photograph(20, 30, "RGBA"))
+    rgba[:10, :, 3] = 0
+    for kind in ("PNG", "TIFF"):
+        np.testing.assert_array_equal(
+            rgb(encoded(Image.fromarray(rgba, "RGBA"), kind)), rgba[..., :3]
+        )
+    grey = np.array([[[7, 0], [200, 255]]], dtype=np.uint8)
+    assert rgb(encoded(Image.fromarray(grey, "LA"), "PNG"))[..., 1].tolist() == [[7, 200]]
+
+
+@pytest.mark.parametrize("transparency", [1, b"\x00\x80\xff"])
+def test_a_palette_is_looked_up_where_it_is_transparent_too(transparency, recwarn):
+    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    data = encoded(image, "PNG", transparency=transparency)
+    assert rgb(data).tolist() == [[[10, 20, 30], [40, 50, 60], [70, 80, 90]]]
+    assert not recwarn.list
+
+
+def test_of_an_animation_the_first_frame():
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert rgb(data)[3, 3].tolist() == [255, 0, 0], kind
+
+
+def test_one_bit_is_black_and_white():
+    assert set(np.unique(rgb(FILES["1 bit"]))) == {0, 255}
+
+
+def test_programs_are_not_images():
+    """Pillow runs Ghostscript for these."""
+    with pytest.raises(ValueError, match=r"starts with b'%!PS-Adobe"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+
+
+def test_a_jpeg_that_promises_far_too_much_is_an_error():
+    huge = bytearray(FILES["jpeg"])
+    at = huge.index(b"\xff\xc0")
+    huge[at + 5 : at + 9] = (65_000).to_bytes(2) * 2
+    for decode in (decode_image, decode_as_shown):
+        with pytest.raises(ValueError, match="decompression bomb"):
+            decode(bytes(huge))
+
+
+# Orientation
+
+
+def oriented(image: Image.Image, orientation: int, kind: str, **options) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, kind, exif=exif, **options)
+
+
+def corners(pixels: np.ndarray) -> list[int]:
+    """Red at the corners: upper left, upper right, lower left, lower right."""
+    return [int(pixels[y, x, 0]) for y in (0, -1) for x in (0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "shown"),
+    # By EXIF: where the stored first row and first column are when the picture is looked at.
+    [
+        (1, [1, 2, 3, 4]), (2, [2, 1, 4, 3]), (3, [4, 3, 2, 1]), (4, [3, 4, 1, 2]),
+        (5, [1, 3, 2, 4]), (6, [3, 1, 4, 2]), (7, [4, 2, 3, 1]), (8, [2, 4, 1, 3]),
+        (0, [1, 2, 3, 4]), (9, [1, 2, 3, 4]),
+    ],
+)  # fmt: skip
+def test_an_image_is_turned_as_its_orientation_says(orientation, shown):
+    pixels = np.zeros((2, 3, 3), dtype=np.uint8)
+    pixels[0, 0], pixels[0, 2], pixels[1, 0], pixels[1, 2] = 10, 20, 30, 40
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        data = oriented(Image.fromarray(pixels), orientation, kind, **options)
+        image, height, width = decode_as_shown(data)
+        assert [value // 10 for value in corners(image.permute(1, 2, 0).numpy())] == shown
+        assert (height, width) == tuple(image.shape[1:]) == ((3, 2) if orientation in range(5, 9)
+                                                             else (2, 3))  # fmt: skip
+        stored, height, width = decode_image(data)
+        assert [v // 10 for v in corners(stored.permute(1, 2, 0).numpy())] == [1, 2, 3, 4]
+        assert (height, width) == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_turned_image_is_pillows(kind, orientation):
+    data = oriented(photograph(33, 47), orientation, kind)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    image, height, width = decode_as_shown(data)
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert (height, width) == expected.shape[:2]
+    assert image[None].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+def test_a_much_larger_turned_image_is_decoded_smaller(orientation):
+    data = oriented(photograph(900, 1200), orientation, "JPEG", quality=92)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    asked = []
+
+    def needed(size):
+        asked.append(size)
+        return size[0] // 6, size[1] // 6
+
+    image, height, width = decode_as_shown(data, needed)
+    assert asked == [(height, width)] == [shown.size[::-1]]
+    assert tuple(image.shape[1:]) == (height // 6, width // 6)
+    small = shown.resize((width // 6, height // 6), Image.Resampling.BILINEAR)
+    difference = image.permute(1, 2, 0).numpy() - np.asarray(small, dtype=float)
+    assert np.abs(difference).mean() < 2
+
+
+def test_damaged_metadata_turn_nothing():
+    good = oriented(photograph(33, 47), 6, "JPEG")
+    at = good.index(b"Exif\0\0") + 6
+    for damaged in (b"XX", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\0"):
+        data = good[:at] + damaged + good[at + len(damaged) :]
+        assert decode_as_shown(data)[0].shape == (3, 33, 47)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(FILES)), st.data())
+def test_damage_anywhere_shows_an_image_or_an_error(name, data):
+    content = bytearray(FILES[name])
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        image, height, width = decode_as_shown(bytes(content))
+    except ValueError:
+        return
+    assert tuple(image.shape) == (3, height, width)
