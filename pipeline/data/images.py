@@ -140,7 +140,7 @@ def _opened(data: bytes) -> Image.Image:
 
 _DAMAGED = (
     OSError, SyntaxError, ValueError, OverflowError, EOFError, LookupError, struct.error, TypeError,
-    Image.DecompressionBombError, MemoryError,
+    RuntimeError, Image.DecompressionBombError, MemoryError,
 )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def best(run: Path, name: str = NAME) -> str:
 
 
 def expected(run: Path, file: Path) -> pd.DataFrame:
-    """What the detector finds in one validation image, alone in its batch."""
+    """What the detector finds in one validation image, alone in its batch, cut to the image."""
     detector = Detector.load(run, "cpu")
     shards = open_shards(config_of(run).data.val, config_of(run).data)
     samples = map(shards.read, range(len(shards)))
@@ -90,7 +90,9 @@ def expected(run: Path, file: Path) -> pd.DataFrame:
     with torch.no_grad():
         outputs = detector.model(batch.normalized_images(), batch.padding_mask)
     result = postprocess(outputs, batch.sizes)[0]
-    x0, y0, x1, y1 = result["boxes"].unbind(1)
+    height, width = batch.sizes[0].tolist()
+    limits = torch.tensor([width, height, width, height])
+    x0, y0, x1, y1 = result["boxes"].clamp(min=0).minimum(limits).unbind(1)
     names = [detector.labels.names[column] for column in result["labels"].tolist()]
     columns = {"label": names, "score": result["scores"], "x": x0, "y": y0, "w": x1 - x0,
                "h": y1 - y0}  # fmt: skip
@@ -188,7 +190,7 @@ def test_what_the_model_takes(run, drawn, monkeypatch):
     for wrong, said in (
         ([encoded[0], b"no image"], "image 1: "),
         ([pixels[0].astype(np.float32)], "image 0: got an array of float32"),
-        ([pixels[0][:, :, 0]], "expected uint8"),
+        ([pixels[0][:, :, :2]], "expected uint8"),
         ([3], "image 0: got int, expected a path"),
     ):
         with pytest.raises(ValueError, match=said):

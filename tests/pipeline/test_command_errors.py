@@ -39,7 +39,7 @@ def test_one_clear_line(capsys, arguments, words):
 
 def test_without_line_characters_the_message_is_the_same(run_command):
     """tyro's frames are of hyphens where the locale has no others."""
-    arguments = ("pipeline", "predict", "--checkpoint", "tests")
+    arguments = ("pipeline", "predict", "tests", "--outptu", "found")
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     said = [run_command(*arguments, **environment).stderr for environment in ({}, plain)]
     assert said[0] == said[1]
@@ -48,7 +48,7 @@ def test_without_line_characters_the_message_is_the_same(run_command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["predict", "--checkpoint", "tests"], ["Missing", "--data"]),
+        (["predict", "tests", "--outptu", "found"], ["unknown option --outptu", "--output"]),
         (
             ["train", "demo", "--output", "x", "--data.train", "/none", "--data.val", "/none"],
             ["'/none' does not exist", "data_prep convert"],

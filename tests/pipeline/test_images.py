@@ -65,6 +65,8 @@ FILES = {
     "bmp": encoded(photograph(33, 47), "BMP"),
     "gif": encoded(photograph(33, 47).quantize(16), "GIF"),
     "tiff": encoded(photograph(33, 47), "TIFF"),
+    "jpeg 2000": encoded(photograph(33, 47), "JPEG2000"),
+    "avif": encoded(photograph(33, 47), "AVIF"),
     "one pixel": encoded(photograph(1, 1), "JPEG"),
 }
 
@@ -123,8 +125,9 @@ def test_damage_anywhere_gives_an_image_or_an_error(name, data):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff\xd8", b"\xff\xd8\xff\xc0", b"not an image", b"\xff\xd8" + b"\xff" * 50,
-     b"\x89PNG\r\n\x1a\n" + b"\0" * 40, FILES["jpeg"][:20] + b"\0" * 600],
+    [b"", FILES["avif"][:-900], b"\xff\xd8", b"\xff\xd8\xff\xc0", b"not an image",
+     b"\xff\xd8" + b"\xff" * 50, b"\x89PNG\r\n\x1a\n" + b"\0" * 40,
+     FILES["jpeg"][:20] + b"\0" * 600],
 )  # fmt: skip
 def test_what_is_no_image_is_an_error(data):
     with pytest.raises(ValueError, match=r"."):

@@ -105,10 +105,10 @@ def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(
     of_the_run = json.loads((folder / "evaluations" / "best-detections.json").read_text())
     again = json.loads((tmp_path / "results.json").read_text())
     assert sorted(map(str, of_the_run)) == sorted(map(str, again))
-    drawn_again = run_command("pipeline", "predict", "--checkpoint", folder, "--data",
-                              drawn.shards / "val", "--output", tmp_path / "p.png")  # fmt: skip
-    assert drawn_again.returncode == 0, drawn_again.stderr
-    assert (tmp_path / "p.png").exists()
+    image = next((drawn.coco / "val").glob("*.jpg"))
+    given = ["predict", folder, image, "--output", tmp_path / "found"]
+    assert main("python -m pipeline", "", COMMANDS, [str(x) for x in given]) == 0
+    assert (tmp_path / "found" / "pictures" / image.name).exists()
 
 
 def test_a_run_folder_of_another_experiment_is_refused(drawn, tmp_path, run_command):
