@@ -71,9 +71,7 @@ def empty_shares(squares, world: int) -> int:
     return found
 
 
-def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(
-    drawn, tmp_path, run_command, capsys
-):
+def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(drawn, tmp_path, capsys):
     folder = tmp_path / "r50"
     options = [
         "--optimizer.batch-size", 8, "--engine.micro-batch", 4, "--schedule.epochs", 1,
