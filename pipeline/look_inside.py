@@ -38,7 +38,8 @@ def look_inside(
     if architecture == "faster_rcnn":
         raise UserError(
             "visualize: got a checkpoint of faster_rcnn, expected deformable_detr or detr, whose "
-            "queries are looked into; python -m pipeline predict CHECKPOINT IMAGES draws its predictions"
+            "queries are looked into; python -m pipeline predict CHECKPOINT IMAGES… draws what it "
+            "finds"
         )
     if architecture != "deformable_detr":
         tell(f"{architecture} has no deformable attention: no sampling points are drawn (Figure 6)")
