@@ -1,4 +1,4 @@
-"""One annotation file -> one to train on and one to validate, with every class in both if it can be.
+"""One annotation file -> one to train on and one to validate, each with every class if it can be.
 
 Iterative stratification for several labels an image (Sechidis, Tsoumakas and Vlahavas, "On the
 Stratification of Multi-Label Data", 2011): the class that has fewest images left is dealt out

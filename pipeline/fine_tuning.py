@@ -34,11 +34,18 @@ class Default:
         return f"--{option} {value}: {self.reason}"
 
 
-def fine_tuning(config: RunConfig, images: int) -> tuple[RunConfig, list[Default]]:
-    """A recipe with the defaults for `images` training images, and each of them with its reason."""
+def fine_tuning(
+    config: RunConfig, images: int, batch_size: int = 0, epochs: int = 0
+) -> tuple[RunConfig, list[Default]]:
+    """A recipe with the defaults for `images` training images, and each of them with its reason.
+
+    batch_size, epochs: of the user's choice, on which the other defaults then depend; 0: none.
+    """
     given = config.optimizer
     batch = min(SMALL_BATCH if images < FEW else BATCH, given.batch_size, max(1, images))
-    epochs = min(max(-(-STEPS * batch // max(1, images)), FEWEST_EPOCHS), MOST_EPOCHS)
+    batch = batch_size or batch
+    usual = min(max(-(-STEPS * batch // max(1, images)), FEWEST_EPOCHS), MOST_EPOCHS)
+    epochs = epochs or usual
     steps = max(1, epochs * images // batch)
     share = batch / given.batch_size
     warm_up = min(0.1, MOST_WARM_UP / steps)
@@ -89,3 +96,8 @@ def with_value(config: RunConfig, field: str, value: Any) -> RunConfig:
     section, name = field.split(".")
     changed: Callable[..., Any] = replace
     return replace(config, **{section: changed(getattr(config, section), **{name: value})})
+
+
+def value_of(config: RunConfig, field: str) -> Any:
+    section, name = field.split(".")
+    return getattr(getattr(config, section), name)
