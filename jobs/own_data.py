@@ -6,6 +6,7 @@ where it is done already, so the same command goes on after an interruption.
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -167,7 +168,8 @@ def prepare(options: OwnDataOptions) -> Path:
 
 
 def remember(output: Path, options: OwnDataOptions) -> None:
-    """Writes what the folder is made of. Raises `UserError` where it is of something else."""
+    """Writes what the folder is made of. What was made of other data is removed where nothing was
+    trained on it; else, and for a folder of something else, raises `UserError`."""
     split = {"share": options.val_share, "seed": options.config.seed, "split_by": options.split_by}
     given = {
         "annotations": digest(options.annotations),
@@ -180,11 +182,15 @@ def remember(output: Path, options: OwnDataOptions) -> None:
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in {**before, **given} if before.get(name) != given.get(name)]
-        if changed:
+        if changed and (output / "run").exists():
             raise UserError(
-                f"--output {output} was made of other data (differs in: {', '.join(changed)}); "
-                f"choose another --output, or remove it to begin anew"
+                f"--output {output} holds a training on other data (differs in: "
+                f"{', '.join(changed)}); choose another --output, or remove it to begin anew"
             )
+        if changed:
+            print(f"{output}: nothing is trained there; made anew for other {', '.join(changed)}")
+            for made in ("split", "shards"):
+                shutil.rmtree(output / made, ignore_errors=True)
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output {output} holds something else; choose a new or empty folder")
     output.mkdir(parents=True, exist_ok=True)
