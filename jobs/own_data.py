@@ -87,14 +87,15 @@ def run_train(args: list[str]) -> None:
     )
     options = parse(OwnDataOptions, args, PROG, description, OwnDataOptions(config=chosen))
     config = complete(options, shards)
-    prepared = check_data(options, config, shards, defaults)
+    given = {default.field for default in defaults if is_given(args, default.field)}
+    prepared = check_data(options, config, shards, told(config, defaults, given))
     if options.prepare_only:
         print(f"prepared in {options.output}; without --prepare-only it is trained")
         return
     run = options.output.resolve() / "run"
     if not is_finished(run, config):
         train(options, config, run)
-    print(report(options.output.resolve(), prepared, [PROG, "--recipe", name, *args]))
+    print(report(options.output.resolve(), prepared, [*PROG.split(), "--recipe", name, *args]))
 
 
 def recipe_of(args: list[str]) -> tuple[str, list[str]]:
@@ -230,8 +231,23 @@ def complete(options: OwnDataOptions, shards: Path) -> RunConfig:
     return config
 
 
+def told(config: RunConfig, defaults: list[Default], given: set[str]) -> list[str]:
+    """The defaults with their reasons, and those that were given instead, as options."""
+    size = config.augment
+    return [
+        *(
+            f"--{d.field.replace('_', '-')} {value_of(config, d.field)}: given"
+            if d.field in given
+            else str(d)
+            for d in defaults
+        ),
+        f"--augment.val-short-side {size.val_short_side} --augment.max-side {size.max_side}: as in "
+        f"the recipe; weights do best at the size that they were trained at",
+    ]
+
+
 def check_data(
-    options: OwnDataOptions, config: RunConfig, shards: Path, defaults: list[Default]
+    options: OwnDataOptions, config: RunConfig, shards: Path, defaults: list[str]
 ) -> Prepared:
     """Prints and returns what the data are, what looks wrong with them, and the defaults."""
     from pipeline.data.shards import ShardSet
@@ -248,18 +264,7 @@ def check_data(
         findings += left_out(problems["problems"], len(content["images"]))
     findings += check_labels(train, val, config)
     findings += shared_images(ShardSet(shards / "train"), ShardSet(shards / "val"))
-    said = [
-        f"--{d.field.replace('_', '-')} {value_of(config, d.field)}: given"
-        if value_of(config, d.field) != d.value
-        else str(d)
-        for d in defaults
-    ]
-    size = config.augment
-    said.append(
-        f"--augment.val-short-side {size.val_short_side} --augment.max-side {size.max_side}: the "
-        f"recipe's; weights do best at the size that they were trained at"
-    )
-    prepared = Prepared(found(train, val), [str(f) for f in findings], said, weights(config))
+    prepared = Prepared(found(train, val), [str(f) for f in findings], defaults, weights(config))
     step("data")
     print("\n".join(prepared.found))
     print("\n".join(prepared.findings or ["label check: nothing looks wrong"]))

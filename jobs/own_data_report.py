@@ -120,4 +120,4 @@ def again(command: list[str], changed: dict[str, str]) -> list[str]:
             next(given, None)
         elif argument.split("=")[0] not in changed:
             kept.append(argument)
-    return [*kept[0].split(), *kept[1:], *(x for pair in changed.items() for x in pair)]
+    return [*kept, *(x for pair in changed.items() for x in pair)]

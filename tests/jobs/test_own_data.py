@@ -15,6 +15,7 @@ from jobs.own_data_report import advice_of, again, found
 from pipeline.cli import main
 from pipeline.config import RunConfig
 from pipeline.data.shards import ShardSet
+from pipeline.evaluate import NAMES as SUMMARY
 
 NAMES = {1: (7, "coin"), 2: (3, "tile"), 4: (100, "flag"), 7: (55, "spark")}
 
@@ -59,8 +60,7 @@ def trained(monkeypatch):
         config = replace(config, model=replace(config.model, num_classes=len(classes)))
         (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"config_digest": config.digest()}))
-        names = own_data_names()
-        best = {"epoch": 2, "checkpoint": "step-00000004", "summary": dict.fromkeys(names, 0.25),
+        best = {"epoch": 2, "checkpoint": "step-00000004", "summary": dict.fromkeys(SUMMARY, 0.25),
                 "per_class": {"coin": 0.5, "tile": 0.125}}  # fmt: skip
         (folder / "best.json").write_text(json.dumps(best))
         lines = [
@@ -72,12 +72,6 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(own_data, "launch", launch)
     return jobs
-
-
-def own_data_names():
-    from pipeline.evaluate import NAMES as SUMMARY
-
-    return SUMMARY
 
 
 def test_shards_of_both_parts_hold_all_pictures_once(own, prepared):
@@ -107,6 +101,7 @@ def test_the_job_has_the_defaults_and_what_was_given(own, prepared, trained, tmp
     assert config.data.train == str(output / "shards" / "train")
     said = capsys.readouterr().out
     assert "--optimizer.lr 0.001: the recipe's 0.002 for 16 images, in proportion" in said
+    assert "--schedule.epochs 7: given" in said
     assert "label check: seen: x; do y" in said
     assert "AP was best at the end (epoch 2 of 2)" in said
     report = (output / "report.md").read_text()
@@ -245,7 +240,7 @@ def test_options_are_known_in_every_spelling():
 
 
 def test_the_next_command_has_the_new_weights_alone():
-    command = ["python -m jobs train", "--weights", "old.pth", "--output=a", "--images", "my dir"]
+    command = shlex.split("python -m jobs train --weights old --output=a --images 'my dir'")
     changed = again(command, {"--weights": "run", "--output": "b"})
     assert shlex.join(changed) == (
         "python -m jobs train --images 'my dir' --weights run --output b"
