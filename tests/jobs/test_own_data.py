@@ -1,9 +1,12 @@
 """`python -m jobs train`: from pictures and labels to a report; mistakes are one line."""
 
+import ast
 import json
+import re
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +15,14 @@ from jobs import own_data
 from jobs.__main__ import COMMANDS
 from jobs.own_data import is_given, recipe_of
 from jobs.own_data_report import advice_of, again, found
-from pipeline.cli import main
+from pipeline.cli import _options_of, main
 from pipeline.config import RunConfig
 from pipeline.data.shards import ShardSet
 from pipeline.evaluate import NAMES as SUMMARY
+from pipeline.fine_tuning import fine_tuning
+from pipeline.recipes import recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NAMES = {1: (7, "coin"), 2: (3, "tile"), 4: (100, "flag"), 7: (55, "spark")}
 
@@ -55,7 +62,7 @@ def trained(monkeypatch):
 
     def launch(spec, address, wait):
         jobs.append(spec)
-        config, folder = spec.run_config(), own_data.Path(spec.folder)
+        config, folder = spec.run_config(), Path(spec.folder)
         classes = ShardSet(config.data.train).categories
         config = replace(config, model=replace(config.model, num_classes=len(classes)))
         (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
@@ -268,3 +275,29 @@ def test_from_pictures_to_a_report_on_ray(own, tmp_path, run_command):
     report = (tmp_path / "output" / "report.md").read_text()
     assert "AP of the best epoch (1) on val" in report
     assert "==> training" not in run_command(*given).stdout
+
+
+def test_the_guide_names_every_finding_and_default():
+    guide = (ROOT / "docs" / "own_data.md").read_text()
+    kinds = set()
+    for file in (ROOT / "pipeline").glob("sanity_*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Finding":
+                kind = call.args[0]
+                if isinstance(kind, ast.Constant):
+                    kinds.add(kind.value)
+                else:  # of one of the two parts
+                    kinds |= {"classes missing in train", "classes missing in val"}
+    assert len(kinds) > 20
+    assert {kind for kind in kinds if kind not in guide} == set()
+    _, defaults = fine_tuning(recipe("deformable_detr_r50"), 200)
+    assert {d.field for d in defaults if f"`{d.field}`" not in guide} == set()
+
+
+def test_commands_of_the_guide_have_options_that_there_are():
+    guide = (ROOT / "docs" / "own_data.md").read_text()
+    given = set(re.findall(r"(?<=[\s`(])--[a-z][a-z.-]+", guide))
+    assert len(given) > 10
+    known = {"--init.weights", *_options_of(own_data.OwnDataOptions)}
+    known |= {"--data", "--recipe"}  # of evaluate; and the word that comes before the others
+    assert given - known == set()
