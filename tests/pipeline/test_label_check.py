@@ -1,6 +1,7 @@
 """The label check inside a training: it says what it found, and changes nothing else."""
 
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from pipeline.data.labels import Labels
 from pipeline.recipes import recipe
 from pipeline.sanity_check import same_classes
 from pipeline.tracking import read_lines
-from tests.pipeline.training_runs import command, metrics, require_same, run
+from tests.pipeline.training_runs import metrics, require_same, run
 
 LABELS = Labels((1, 2, 4, 7), ("circle", "square", "triangle", "star"))
 
@@ -31,28 +32,34 @@ def blind(tmp_path_factory):
     return write(tmp_path_factory.mktemp("blind"), Progress(), content, {})
 
 
+TWO_TRAININGS = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from pipeline.config import RunConfig
+from pipeline.engine import stop_process_group
+from pipeline.train import train
+folder = Path(sys.argv[1])
+config = RunConfig.from_json((folder / "config.json").read_text())
+for name, after in (("with", 2), ("without", 0)):
+    train(replace(config, engine=replace(config.engine, check_after=after)), folder / name)
+stop_process_group()
+"""
+
+
 @pytest.mark.slow
 def test_it_says_what_it_found_and_changes_nothing(drawn, blind, tmp_path):
-    for name, after in (("with", 2), ("without", 0)):
-        run(
-            command(
-                drawn,
-                "demo",
-                tmp_path / name,
-                "--init.weights",
-                blind,
-                "--schedule.epochs",
-                1,
-                "--optimizer.batch-size",
-                10,
-                "--optimizer.ema-decay",
-                0.9,
-                "--engine.check-after",
-                after,
-                "--engine.precision",
-                "fp32",
-            )
-        )
+    config = recipe("demo")
+    config = replace(
+        config,
+        data=replace(config.data, train=f"{drawn.shards}/train", val=f"{drawn.shards}/val"),
+        optimizer=replace(config.optimizer, batch_size=10, ema_decay=0.9),
+        schedule=replace(config.schedule, epochs=1),
+        engine=replace(config.engine, precision="fp32", device="cpu"),
+        init=InitConfig(weights=str(blind)),
+    )
+    (tmp_path / "config.json").write_text(config.to_json())
+    run([sys.executable, "-c", TWO_TRAININGS, str(tmp_path)])
     said = {
         name: [
             (line["step"], line["text"])
