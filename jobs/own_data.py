@@ -220,6 +220,7 @@ def complete(options: OwnDataOptions, shards: Path) -> RunConfig:
     """The config with data and weights. Raises `UserError` for what does not go together."""
     from pipeline.data.loader import micro_batch_size  # brings torch
     from pipeline.dataset import open_dataset
+    from pipeline.initialise import initial_model
 
     config = options.config
     data = replace(config.data, train=str(shards / "train"), val=str(shards / "val"))
@@ -227,7 +228,9 @@ def complete(options: OwnDataOptions, shards: Path) -> RunConfig:
         config = replace(config, init=replace(config.init, weights=str(options.weights)))
     config = from_the_root(replace(config, data=data))
     micro_batch_size(config, options.workers)
-    open_dataset(config)
+    classes = open_dataset(config).labels.num_classes
+    if config.init.weights or config.init.backbone:  # a file that does not fit is told of here
+        initial_model(replace(config, model=replace(config.model, num_classes=classes)))
     return config
 
 

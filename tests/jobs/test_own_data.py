@@ -15,6 +15,8 @@ from jobs import own_data
 from jobs.__main__ import COMMANDS
 from jobs.own_data import is_given, recipe_of
 from jobs.own_data_report import advice_of, again, found
+from model.detr import build_model
+from pipeline.checkpoint_store import Progress, write
 from pipeline.cli import _options_of, main
 from pipeline.config import RunConfig
 from pipeline.data.shards import ShardSet
@@ -81,6 +83,30 @@ def trained(monkeypatch):
     return jobs
 
 
+def checkpoint(folder):
+    """One of ours, of three classes: others than the data have."""
+    config = recipe("demo")
+    config = replace(config, model=replace(config.model, num_classes=3))
+    content = {"model": build_model(config.model).state_dict(), "config": config.to_json()}
+    return write(folder / "weights", Progress(), content, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "words"),
+    [("empty.pth", "demo", "cannot be read"), ("", "detr_r50_demo", "another architecture")],
+)
+def test_weights_that_do_not_fit_are_one_line(own, prepared, tmp_path, capsys, name, recipe, words):
+    weights = checkpoint(tmp_path)
+    if name:
+        weights = tmp_path / name
+        weights.write_bytes(b"no weights")
+    given = ("--prepare-only", "--weights", weights, "--recipe", recipe)
+    assert train(own, prepared, *given) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert words in said
+
+
 def test_shards_of_both_parts_hold_all_pictures_once(own, prepared):
     train_set, val_set = (ShardSet(prepared / "shards" / part) for part in ("train", "val"))
     assert not set(train_set.image_id) & set(val_set.image_id)
@@ -93,8 +119,7 @@ def test_shards_of_both_parts_hold_all_pictures_once(own, prepared):
 def test_the_job_has_the_defaults_and_what_was_given(own, prepared, trained, tmp_path, capsys):
     output = tmp_path / "output"
     shutil.copytree(prepared, output)
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(b"")
+    weights = checkpoint(tmp_path)
     options = ("--weights", weights, "--schedule.epochs", 7, "--optimizer.weight_decay", 0.5)
     assert train(own, output, *options, "--workers", 2) == 0
     (spec,) = trained
