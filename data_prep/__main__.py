@@ -1,4 +1,4 @@
-"""Command line: python -m data_prep synthesize|convert|export|verify|stats --help."""
+"""Command line: python -m data_prep synthesize|convert|export|split|verify|stats --help."""
 
 # Worker processes import this file again, under another name, and need nothing of it.
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from data_prep.convert import REPORT
 from data_prep.convert import convert as convert_shards
 from data_prep.export import export as export_annotations
 from data_prep.parallel import default_workers
+from data_prep.split import TRAIN, VAL
+from data_prep.split import split as split_annotations
 from data_prep.stats import collect, save_plots, tables
 from data_prep.synthesize import synthesize as draw_data_set
 from data_prep.verify import DAMAGE
@@ -126,6 +128,33 @@ def export(shards: tyro.conf.Positional[AnyFolder], output: AnyFile) -> None:
         )
 
 
+def split(
+    annotations: Annotated[Path, tyro.conf.arg(metavar="FILE")],
+    output: Folder,
+    share: float = 0.2,
+    seed: int = 0,
+    by: str = "",
+) -> None:
+    """Split an annotation file into a training and a validation file.
+
+    Every class that two or more images have is in both, as far as that can be. Example:
+    python -m data_prep split --annotations labels.json --output labels-split --share 0.2
+
+    Args:
+        annotations: Annotation file in COCO's JSON format.
+        output: Folder for train.json and val.json.
+        share: Of the images, for validation.
+        seed: Equal seeds give equal files.
+        by: Images that agree in this field of their records, such as video_id, stay together, or
+            those of one folder with "folder": frames of a video must not be in both.
+    """
+    parts = split_annotations(annotations, output, share=share, seed=seed, by=by)
+    print(f"{output / TRAIN}: {parts.train} images; {output / VAL}: {parts.val} images")
+    for name, lacking in ((TRAIN, parts.only_in_val), (VAL, parts.only_in_train)):
+        if lacking:
+            print(f"{name} has no object of {', '.join(lacking)}: too few images have one")
+
+
 def verify(
     shards: tyro.conf.Positional[AnyFolder],
     decode: bool = False,
@@ -196,7 +225,9 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
 
 def parse() -> Callable[[], None]:
     """What the command line asks for. A mistake in it is one line and exit status 2."""
-    commands = {c.__name__: _deferred(c) for c in (synthesize, convert, export, verify, stats)}
+    commands = {
+        c.__name__: _deferred(c) for c in (synthesize, convert, export, split, verify, stats)
+    }
     given = sys.argv[1] if len(sys.argv) > 1 else ""
     if given and not given.startswith("-") and given not in commands:
         nearest = difflib.get_close_matches(given, commands, n=1, cutoff=0.4)

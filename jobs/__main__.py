@@ -13,6 +13,7 @@ from jobs.grid_command import run_grid
 from jobs.grid_state import Code
 from jobs.grid_status import status
 from jobs.launch import finish, launch
+from jobs.own_data import run_train
 from jobs.resume import run_resume
 from jobs.spec import JobSpec, from_the_root
 from jobs.submit import connect, stop
@@ -214,6 +215,7 @@ def run_compare(args: list[str]) -> None:
 
 
 COMMANDS = {
+    "train": Command(run_train, "train on your own images and annotations, in one go"),
     "submit": Command(run_submit, "submit a recipe to a cluster, or run it on a local one"),
     "grid": Command(run_grid, "train a grid of experiments: the paper's tables or your own"),
     "demo": Command(run_demo, "draw data, train on it and evaluate, all on this machine"),

@@ -172,6 +172,9 @@ class EngineConfig:
     """Steps in a row with a loss or gradient that is not finite, at which the run stops; up to
     then such steps are left out. 1: at once. In fp16 a step at which a smaller loss scale can
     still be tried does not count."""
+    check_after: int = 300
+    """Steps after which detections are compared with the labels of some training images, once, and
+    it is said what looks wrong; with init.weights before the first step, too. 0: never."""
     collective_timeout: float = 600.0
     """Seconds that a process waits for the others before it gives up."""
     deterministic: bool = False
@@ -180,7 +183,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in (
             "micro_batch", "loader_workers", "max_padded_pixels",
-            "checkpoint_steps", "checkpoint_minutes", "keep_every_epochs",
+            "checkpoint_steps", "checkpoint_minutes", "keep_every_epochs", "check_after",
         ):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 0, f"engine.{name}", value, "0 or more")

@@ -23,6 +23,7 @@ from pipeline.errors import Stopped
 from pipeline.evaluate import detect, gather, summarize
 from pipeline.run import Run, resume, started
 from pipeline.run_folder import write_detections, write_evaluation
+from pipeline.sanity_check import label_check
 from pipeline.step import summed, take_step
 from pipeline.visualize import draw_predictions
 
@@ -42,6 +43,8 @@ def train(config: RunConfig, folder: Path) -> Path:
     """
     with naming_timeouts(config.engine.collective_timeout), started(config, folder) as run:
         progress = resume(run)
+        if progress.step == 0 and run.config.init.weights:
+            label_check(run, progress)
         steps = remaining_steps(run, progress)
         for epoch in range(progress.epoch, run.config.schedule.epochs):
             progress = train_epoch(run, progress, steps)
@@ -71,6 +74,8 @@ def train_epoch(run: Run, progress: Progress, steps: Iterator[list[Batch]]) -> P
         last = progress.step == last_step
         if last or is_multiple(progress.step, settings.log_every):
             log_step(run, progress)
+        if progress.step == run.config.engine.check_after:
+            label_check(run, progress)
         if outcome.stop:
             stop(run, progress)
         if outcome.save or (not last and is_multiple(progress.step, settings.checkpoint_steps)):
