@@ -1,19 +1,19 @@
-"""COCO evaluation by pycocotools, spread over the ranks: every image exactly once."""
+"""COCO evaluation, spread over the ranks: every image exactly once."""
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from model.postprocess import postprocess
+from pipeline.coco_scores import Scores, score, summary_names
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.labels import Labels
@@ -22,10 +22,7 @@ from pipeline.data.objects import objects
 from pipeline.data.shards import ShardSet
 from pipeline.engine import AUTOCAST
 
-NAMES = (
-    "AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L",
-    "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L",
-)  # fmt: skip
+NAMES = summary_names()
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,10 @@ def detect(
     rank: int = 0,
     world: int = 1,
     between: Callable[[], None] = lambda: None,
+    top: int = 100,
 ) -> list[dict[str, Any]]:
-    """COCO result records of this rank's images: image_id, category_id, bbox (x, y, w, h), score.
+    """COCO result records of this rank's images: image_id, category_id, bbox (x, y, w, h), score;
+    the `top` best of each, best first.
 
     `between` is called before each batch that all ranks have one like, so it may be collective. The
     model's mode is restored afterwards.
@@ -99,7 +98,7 @@ def detect(
         for i, batch in enumerate(loader):
             if i < common:
                 between()
-            results = predict(model, batch.to(device), dtype)
+            results = predict(model, batch.to(device), dtype, top)
             for image_id, result in zip(batch.image_ids, results, strict=True):
                 detections += records(image_id, result, labels)
     return detections
@@ -117,12 +116,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def predict(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> list[dict[str, Tensor]]:
-    """The detections of each image of a batch on the model's device, as `postprocess` gives them,
-    in pixels of the original images. dtype: of autocast, None for none."""
+def predict(
+    model: nn.Module, batch: Batch, dtype: torch.dtype | None, top: int = 100
+) -> list[dict[str, Tensor]]:
+    """The `top` best detections of each image of a batch on the model's device, as `postprocess`
+    gives them, in pixels of the original images. dtype: of autocast, None for none."""
     with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
         outputs = model(batch.normalized_images(), batch.padding_mask)
-    return postprocess(outputs, batch.sizes.to(batch.images.device))
+    return postprocess(outputs, batch.sizes.to(batch.images.device), top)
 
 
 def records(image_id: int, result: dict[str, Tensor], labels: Labels) -> list[dict[str, Any]]:
@@ -151,25 +152,25 @@ def gather(detections: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
     return sorted((d for part in every for d in part), key=lambda d: d["image_id"])
 
 
+def best_of_images(detections: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The first `most` records of each image, where those of an image are best first."""
+    seen: Counter[int] = Counter()
+    kept = []
+    for detection in detections:
+        seen[detection["image_id"]] += 1
+        if seen[detection["image_id"]] <= most:
+            kept.append(detection)
+    return kept
+
+
 def summarize(truth: COCO, detections: list[dict[str, Any]]) -> Evaluation:
-    """pycocotools' bounding-box numbers, with nothing printed."""
-    if not detections:  # pycocotools refuses an empty list
-        return Evaluation(dict.fromkeys(NAMES, 0.0), {}, [])
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco_eval = COCOeval(truth, truth.loadRes(detections), iouType="bbox")
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
-    summary = dict(zip(NAMES, map(float, coco_eval.stats), strict=True))
-    # [thresholds, recalls, categories, areas, limits of detections]; -1 marks "no such object".
-    precision = coco_eval.eval["precision"][:, :, :, 0, -1]
-    per_class = {}
-    for k, category in enumerate(coco_eval.params.catIds):
-        values = precision[:, :, k]
-        values = values[values > -1]
-        name = truth.cats[category]["name"]
-        per_class[name] = float(np.mean(values)) if values.size else -1.0
-    return Evaluation(summary, per_class, detections)
+    """COCO's numbers for result records."""
+    return evaluation_of(score(truth, detections), detections)
+
+
+def evaluation_of(scores: Scores, detections: list[dict[str, Any]]) -> Evaluation:
+    per_class = {name: scores.of_class(k)["AP"] for k, name in enumerate(scores.names)}
+    return Evaluation(scores.summary(), per_class, detections)
 
 
 def table(evaluation: Evaluation) -> str:
