@@ -175,18 +175,21 @@ def evaluation_of(scores: Scores, detections: list[dict[str, Any]]) -> Evaluatio
 
 def table(evaluation: Evaluation) -> str:
     """The 12 numbers and AP by class, as text."""
-    shown = {n: "  n/a" if v < 0 else f"{v:.3f}" for n, v in evaluation.summary.items()}
-    rows = [
-        "  ".join(f"{name:>6}" for name in NAMES[:6]),
-        "  ".join(f"{shown[name]:>6}" for name in NAMES[:6]),
-        "  ".join(f"{name:>6}" for name in NAMES[6:]),
-        "  ".join(f"{shown[name]:>6}" for name in NAMES[6:]),
+    return "\n".join([numbers_table(evaluation.summary), *class_lines(evaluation.per_class)])
+
+
+def numbers_table(summary: dict[str, float]) -> str:
+    """12 numbers in two rows of six, below their names."""
+    names = list(summary)
+    shown = ["  n/a" if v < 0 else f"{v:.3f}" for v in summary.values()]
+    rows = [names[:6], shown[:6], names[6:], shown[6:]]
+    return "\n".join("  ".join(f"{cell:>6}" for cell in row) for row in rows)
+
+
+def class_lines(per_class: dict[str, float]) -> list[str]:
+    if not per_class:
+        return []
+    width = max(len(name) for name in per_class)
+    return ["AP by class"] + [
+        f"  {name:<{width}}  {'n/a' if v < 0 else f'{v:.3f}'}" for name, v in per_class.items()
     ]
-    if evaluation.per_class:
-        width = max(len(name) for name in evaluation.per_class)
-        rows.append("AP by class")
-        rows += [
-            f"  {name:<{width}}  {'n/a' if v < 0 else f'{v:.3f}'}"
-            for name, v in evaluation.per_class.items()
-        ]
-    return "\n".join(rows)

@@ -62,9 +62,15 @@ def by_image(
         scores = np.asarray([d["score"] for d in best], dtype=np.float64)
         images.append(
             ImageBoxes(
-                image, _boxes(best), scores, _classes(best),
-                _boxes(objects), _classes(objects), _boxes(crowds), _classes(crowds),
-            )  # fmt: skip
+                image,
+                _boxes(best),
+                scores,
+                _classes(best),
+                _boxes(objects),
+                _classes(objects),
+                _boxes(crowds),
+                _classes(crowds),
+            )
         )
     return images
 
