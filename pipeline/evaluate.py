@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,16 +78,34 @@ def detect(
     rank: int = 0,
     world: int = 1,
     between: Callable[[], None] = lambda: None,
-    top: int = 100,
 ) -> list[dict[str, Any]]:
     """COCO result records of this rank's images: image_id, category_id, bbox (x, y, w, h), score;
-    the `top` best of each, best first.
+    the 100 best of each, best first.
 
     `between` is called before each batch that all ranks have one like, so it may be collective. The
     model's mode is restored afterwards.
     """
+    return detect_best(model, shards, labels, config, device, rank, world, between, (100,))[0]
+
+
+def detect_best(
+    model: nn.Module,
+    shards: ShardSet,
+    labels: Labels,
+    config: RunConfig,
+    device: torch.device,
+    rank: int,
+    world: int,
+    between: Callable[[], None],
+    tops: tuple[int, ...],
+) -> list[list[dict[str, Any]]]:
+    """Records as of `detect`, of one pass over the images, for each number of best detections.
+
+    Which of several with the same score are among 100 is not told by the best 300: torch's topk
+    leaves their order open, and in bf16 they are many.
+    """
     dtype = AUTOCAST.get(config.engine.precision)
-    detections = []
+    detections: list[list[dict[str, Any]]] = [[] for _ in tops]
     loader = evaluation_batches(
         shards, labels, config, rank, world, config.engine.evaluation_batch, device.type == "cuda"
     )
@@ -98,9 +115,12 @@ def detect(
         for i, batch in enumerate(loader):
             if i < common:
                 between()
-            results = predict(model, batch.to(device), dtype, top)
-            for image_id, result in zip(batch.image_ids, results, strict=True):
-                detections += records(image_id, result, labels)
+            batch = batch.to(device)
+            outputs = infer(model, batch, dtype)
+            for top, found in zip(tops, detections, strict=True):
+                results = postprocess(outputs, batch.sizes.to(device), top)
+                for image_id, result in zip(batch.image_ids, results, strict=True):
+                    found += records(image_id, result, labels)
     return detections
 
 
@@ -116,14 +136,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def predict(
-    model: nn.Module, batch: Batch, dtype: torch.dtype | None, top: int = 100
-) -> list[dict[str, Tensor]]:
-    """The `top` best detections of each image of a batch on the model's device, as `postprocess`
-    gives them, in pixels of the original images. dtype: of autocast, None for none."""
+def infer(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The model's outputs for a batch on its device. dtype: of autocast, None for none."""
     with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
-        outputs = model(batch.normalized_images(), batch.padding_mask)
-    return postprocess(outputs, batch.sizes.to(batch.images.device), top)
+        return model(batch.normalized_images(), batch.padding_mask)
+
+
+def predict(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> list[dict[str, Tensor]]:
+    """The detections of each image of a batch on the model's device, as `postprocess` gives them,
+    in pixels of the original images. dtype: of autocast, None for none."""
+    return postprocess(infer(model, batch, dtype), batch.sizes.to(batch.images.device))
 
 
 def records(image_id: int, result: dict[str, Tensor], labels: Labels) -> list[dict[str, Any]]:
@@ -150,17 +172,6 @@ def gather(detections: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
             return None
     # Stable within an image: records of one image come from one rank, best score first.
     return sorted((d for part in every for d in part), key=lambda d: d["image_id"])
-
-
-def best_of_images(detections: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """The first `most` records of each image, where those of an image are best first."""
-    seen: Counter[int] = Counter()
-    kept = []
-    for detection in detections:
-        seen[detection["image_id"]] += 1
-        if seen[detection["image_id"]] <= most:
-            kept.append(detection)
-    return kept
 
 
 def summarize(truth: COCO, detections: list[dict[str, Any]]) -> Evaluation:

@@ -59,7 +59,7 @@ def run_evaluate(args: list[str]) -> None:
     )
     check_evaluation(options)
     from pipeline.coco_scores import score
-    from pipeline.evaluate import best_of_images, ground_truth
+    from pipeline.evaluate import ground_truth
     from pipeline.evaluation_report import analysed, write_report
 
     detector = loaded(options)
@@ -69,10 +69,10 @@ def run_evaluate(args: list[str]) -> None:
     rank, world = join_group(detector.device)
     if rank == 0 and options.output:
         options.output.mkdir(exist_ok=True)
-    detections = detected(detector, shards, options, rank, world)
-    if detections is None:  # process 0 has them
+    found = detected(detector, shards, options, rank, world)
+    if found is None:  # process 0 has them
         return
-    best = best_of_images(detections, 100)
+    best, more = found
     for file in (options.results, options.output and options.output / "results.json"):
         if file:
             file.write_text(json.dumps(best), encoding="utf-8")
@@ -80,7 +80,7 @@ def run_evaluate(args: list[str]) -> None:
     if not truth.anns:
         print(f"{options.data} has no annotations: {len(shards)} images, no COCO numbers")
         return
-    wider = score(truth, detections, WIDER) if len(detections) > len(best) else None
+    wider = score(truth, more, WIDER) if len(more) > len(best) else None
     about = {
         "checkpoint": str(options.checkpoint), "weights": options.weights, "data": options.data,
         "images": len(shards), "objects": len(truth.anns),
@@ -118,18 +118,21 @@ def join_group(device: "torch.device") -> tuple[int, int]:
 
 def detected(
     detector: "Detector", shards: "ShardSet", options: EvaluateOptions, rank: int, world: int
-) -> list[dict[str, Any]] | None:
-    """COCO result records of all images on rank 0, None elsewhere (collective)."""
+) -> list[list[dict[str, Any]]] | None:
+    """COCO result records of all images on rank 0, None elsewhere (collective): the 100 best of
+    each image, and the `WIDER` best where there are as many."""
     from pipeline.augmented_evaluation import detect_augmented
     from pipeline.engine import stop_process_group
-    from pipeline.evaluate import detect, gather
+    from pipeline.evaluate import detect_best, gather
 
     given = (detector.model, shards, detector.labels, detector.config, detector.device)
     if options.tta:
-        return detect_augmented(*given, options.tta_sides)
-    detections = gather(detect(*given, rank, world, top=WIDER))
+        merged = detect_augmented(*given, options.tta_sides)  # the 100 best alone
+        return [merged, merged]
+    mine = detect_best(*given, rank, world, lambda: None, (100, WIDER))
+    every = [gather(detections) for detections in mine]
     stop_process_group()
-    return detections
+    return None if rank else [part for part in every if part is not None]
 
 
 def check_evaluation(options: EvaluateOptions) -> None:
