@@ -170,8 +170,12 @@ def gather(detections: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
         dist.gather_object(detections, every if dist.get_rank() == 0 else None, dst=0)
         if dist.get_rank() != 0:
             return None
-    # Stable within an image: records of one image come from one rank, best score first.
-    return sorted((d for part in every for d in part), key=lambda d: d["image_id"])
+    return merged(every)
+
+
+def merged(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The records of all ranks by image; within one as they were, for they come from one rank."""
+    return sorted((d for part in parts for d in part), key=lambda d: d["image_id"])
 
 
 def summarize(truth: COCO, detections: list[dict[str, Any]]) -> Evaluation:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.data.shards import ShardSet
     from pipeline.predict import Detector
 
+Records = list[dict[str, Any]]  # COCO's, of detections
 WIDER = 300  # detections of each image, beside COCO's 100
 
 
@@ -58,9 +59,7 @@ def run_evaluate(args: list[str]) -> None:
         "--output evaluation",
     )
     check_evaluation(options)
-    from pipeline.coco_scores import score
     from pipeline.evaluate import ground_truth
-    from pipeline.evaluation_report import analysed, write_report
 
     detector = loaded(options)
     shards = detector.open(options.data)
@@ -73,13 +72,24 @@ def run_evaluate(args: list[str]) -> None:
     if found is None:  # process 0 has them
         return
     best, more = found
-    for file in (options.results, options.output and options.output / "results.json"):
-        if file:
-            file.write_text(json.dumps(best), encoding="utf-8")
-            print(f"saved {len(best)} detections in {file}")
-    if not truth.anns:
+    files = [f for f in (options.results, options.output and options.output / "results.json") if f]
+    for file in files:  # at once: an analysis that fails does not take them along
+        file.write_text(json.dumps(best), encoding="utf-8")
+    if truth.anns:
+        tell(truth, best, more, shards, options)
+    else:
         print(f"{options.data} has no annotations: {len(shards)} images, no COCO numbers")
-        return
+    for file in files:
+        print(f"saved {len(best)} detections in {file}")
+
+
+def tell(
+    truth: "COCO", best: Records, more: Records, shards: "ShardSet", options: EvaluateOptions
+) -> None:
+    """Prints the numbers, and writes the folder where one was asked for."""
+    from pipeline.coco_scores import score
+    from pipeline.evaluation_report import analysed, write_report
+
     wider = score(truth, more, WIDER) if len(more) > len(best) else None
     about = {
         "checkpoint": str(options.checkpoint), "weights": options.weights, "data": options.data,
@@ -118,7 +128,7 @@ def join_group(device: "torch.device") -> tuple[int, int]:
 
 def detected(
     detector: "Detector", shards: "ShardSet", options: EvaluateOptions, rank: int, world: int
-) -> list[list[dict[str, Any]]] | None:
+) -> list[Records] | None:
     """COCO result records of all images on rank 0, None elsewhere (collective): the 100 best of
     each image, and the `WIDER` best where there are as many."""
     from pipeline.augmented_evaluation import detect_augmented
