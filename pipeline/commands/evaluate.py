@@ -76,7 +76,8 @@ def run_evaluate(args: list[str]) -> None:
     for file in files:  # at once: an analysis that fails does not take them along
         file.write_text(json.dumps(best), encoding="utf-8")
     if truth.anns:
-        tell(truth, best, more, shards, options)
+        averaged = options.weights == "average" and detector.config.optimizer.ema_decay > 0
+        tell(truth, best, more, shards, "average" if averaged else "plain", options)
     else:
         print(f"{options.data} has no annotations: {len(shards)} images, no COCO numbers")
     for file in files:
@@ -84,7 +85,12 @@ def run_evaluate(args: list[str]) -> None:
 
 
 def tell(
-    truth: "COCO", best: Records, more: Records, shards: "ShardSet", options: EvaluateOptions
+    truth: "COCO",
+    best: Records,
+    more: Records,
+    shards: "ShardSet",
+    weights: str,
+    options: EvaluateOptions,
 ) -> None:
     """Prints the numbers, and writes the folder where one was asked for."""
     from pipeline.coco_scores import score
@@ -92,9 +98,9 @@ def tell(
 
     wider = score(truth, more, WIDER) if len(more) > len(best) else None
     about = {
-        "checkpoint": str(options.checkpoint), "weights": options.weights, "data": options.data,
-        "images": len(shards), "objects": len(truth.anns),
-        "test-time augmentation": options.tta,
+        "checkpoint": str(options.checkpoint), "weights": weights, "data": options.data,
+        "images": len(shards), "objects": sum(not a["iscrowd"] for a in truth.anns.values()),
+        "test-time augmentation": "yes" if options.tta else "no",
     }  # fmt: skip
     report = analysed(about, truth, score(truth, best), wider, best, options.threshold)
     print(report.text())
