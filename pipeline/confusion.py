@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -16,7 +17,6 @@ from pipeline.error_analysis import FOREGROUND
 from pipeline.image_boxes import Floats, ImageBoxes, Ints
 
 MOST_DRAWN = 30  # classes in the picture
-MOST_NUMBERED = 20  # classes of which the picture has the counts written in
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,21 @@ def draw_confusion(of: Confusion) -> Figure:
     side = max(4.0, 1.8 + 0.3 * len(places))
     figure = Figure(figsize=(side + 0.6, side), dpi=120, layout="constrained")
     axis = figure.subplots()
-    shown = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    # By the root: what is rare, which is what one looks for, would be white otherwise.
+    shown = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     names = [shortened(of.names[k], 20) for k in chosen]
     axis.set_xticks(range(len(places)), [*names, "(missed)"], rotation=90, fontsize=8)
     axis.set_yticks(range(len(places)), [*names, "(background)"], fontsize=8)
     axis.set(xlabel="detections", ylabel="objects")
-    if len(chosen) <= MOST_NUMBERED:
-        for (i, j), count in np.ndenumerate(counts):
-            if count:
-                ink = "white" if shares[i, j] > 0.5 else "black"
-                axis.text(j, i, str(count), ha="center", va="center", fontsize=7, color=ink)
+    for (i, j), count in np.ndenumerate(counts):
+        if count:
+            ink = "white" if shares[i, j] > 0.3 else "black"
+            axis.text(j, i, str(count), ha="center", va="center", fontsize=7, color=ink)
     if len(chosen) < len(of.names):
         axis.set_title(f"the {len(chosen)} most confused of {len(of.names)} classes", fontsize=9)
-    figure.colorbar(shown, ax=axis, shrink=0.7, label="share of the row")
+    figure.colorbar(
+        shown, ax=axis, shrink=0.7, label="share of the row", ticks=[0, 0.05, 0.25, 0.5, 1]
+    )
     return figure
 
 
