@@ -155,6 +155,22 @@ def load_model(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_plain(path: Path) -> dict[str, Any] | None:
+    """The weights that training goes on with, of a checkpoint folder whose `model.pt` has their
+    moving average, on the CPU; None where `model.pt` has them itself. `path`: as in `load_model`.
+
+    Raises `UserError` where the checkpoint's `training.pt` is not there."""
+    if (path / "checkpoints").is_dir():
+        path = _best_or_newest(path)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "training.pt").exists():
+        raise UserError(
+            f"{path} has no training.pt beside it, which has the plain weights; give a run folder "
+            f"or a checkpoint in it"
+        )
+    return load_training(folder).get("weights")
+
+
 def _best_or_newest(run: Path) -> Path:
     """The best checkpoint of a run folder, the newest where there is no best that is intact."""
     best = run / "best.json"

@@ -1,11 +1,9 @@
-"""Precision over recall, and AP of each class, from pycocotools: as numbers and as a picture.
+"""Precision over recall, and AP of each class: as numbers and as a picture.
 
 T thresholds of IoU (0.50, 0.55, ... 0.95), R = 101 recalls, K categories.
 """
 
-import contextlib
 import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from pipeline.coco_scores import Scores, score
 from pipeline.errors import UserError
 
 Array = NDArray[np.float64]
@@ -56,44 +54,41 @@ class Curves:
 
 def curves(truth: COCO, detections: list[dict[str, Any]]) -> Curves:
     """Of COCO result records. Raises `UserError` for a ground truth with nothing to find."""
-    categories = truth.loadCats(sorted(truth.getCatIds()))
-    names = tuple(str(category["name"]) for category in categories)
-    with contextlib.redirect_stdout(io.StringIO()):
-        # pycocotools refuses an empty list; a ground truth's index without annotations will do.
-        found = truth.loadRes(detections) if detections else _without_annotations(truth)
-        scored = COCOeval(truth, found, iouType="bbox")
-        scored.evaluate()
-        scored.accumulate()
-    precision = scored.eval["precision"][:, :, :, 0, -1]
+    return curves_of(score(truth, detections))
+
+
+def curves_of(scores: Scores) -> Curves:
+    """Raises `UserError` for a ground truth with nothing to find."""
+    precision = scores.precision[..., 0]
     if not (precision > -1).any():
         raise UserError("the ground truth has no object that counts: expected at least one")
-    return Curves(np.where(precision > -1, precision, np.nan), scored.params.recThrs, names)
-
-
-def _without_annotations(truth: COCO) -> COCO:
-    empty = COCO()
-    empty.dataset = {**truth.dataset, "annotations": []}
-    empty.createIndex()
-    return empty
+    defined = np.where(precision > -1, precision, np.nan)
+    return Curves(defined, np.linspace(0, 1, precision.shape[1]), scores.names)
 
 
 def save_curves(of: Curves, folder: Path) -> list[Path]:
     """Writes precision_recall.csv, class_ap.csv and precision_recall.png; returns their paths."""
-    points, classes = folder / "precision_recall.csv", folder / "class_ap.csv"
-    with points.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["recall", *(name for name, *_ in LINES)])
-        columns = [of.recall, *(of.mean(threshold) for _, threshold, *_ in LINES)]
-        writer.writerows([f"{x:.6g}" for x in row] for row in zip(*columns, strict=True))
+    points, picture = save_precision(of, folder)
+    classes = folder / "class_ap.csv"
     with classes.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "AP", "AP50", "AP75"])
         columns = [of.class_ap(), of.class_ap(0), of.class_ap(5)]
         for name, *values in zip(of.names, *columns, strict=True):
             writer.writerow([name, *("" if np.isnan(x) else f"{x:.6g}" for x in values)])
-    picture = folder / "precision_recall.png"
-    draw_curves(of).savefig(picture)
     return [points, classes, picture]
+
+
+def save_precision(of: Curves, folder: Path) -> tuple[Path, Path]:
+    """Writes precision_recall.csv and precision_recall.png; returns their paths."""
+    points, picture = folder / "precision_recall.csv", folder / "precision_recall.png"
+    with points.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["recall", *(name for name, *_ in LINES)])
+        columns = [of.recall, *(of.mean(threshold) for _, threshold, *_ in LINES)]
+        writer.writerows([f"{x:.6g}" for x in row] for row in zip(*columns, strict=True))
+    draw_curves(of).savefig(picture)
+    return points, picture
 
 
 def draw_curves(of: Curves) -> Figure:

@@ -1,4 +1,4 @@
-"""COCO evaluation by pycocotools, spread over the ranks: every image exactly once."""
+"""COCO evaluation, spread over the ranks: every image exactly once."""
 
 import contextlib
 import io
@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from model.postprocess import postprocess
+from pipeline.coco_scores import Scores, score, summary_names
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.labels import Labels
@@ -22,10 +21,7 @@ from pipeline.data.objects import objects
 from pipeline.data.shards import ShardSet
 from pipeline.engine import AUTOCAST
 
-NAMES = (
-    "AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L",
-    "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L",
-)  # fmt: skip
+NAMES = summary_names()
 
 
 @dataclass(frozen=True)
@@ -83,13 +79,33 @@ def detect(
     world: int = 1,
     between: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """COCO result records of this rank's images: image_id, category_id, bbox (x, y, w, h), score.
+    """COCO result records of this rank's images: image_id, category_id, bbox (x, y, w, h), score;
+    the 100 best of each, best first.
 
     `between` is called before each batch that all ranks have one like, so it may be collective. The
     model's mode is restored afterwards.
     """
+    return detect_best(model, shards, labels, config, device, rank, world, between, (100,))[0]
+
+
+def detect_best(
+    model: nn.Module,
+    shards: ShardSet,
+    labels: Labels,
+    config: RunConfig,
+    device: torch.device,
+    rank: int,
+    world: int,
+    between: Callable[[], None],
+    tops: tuple[int, ...],
+) -> list[list[dict[str, Any]]]:
+    """Records as of `detect`, of one pass over the images, for each number of best detections.
+
+    Which of several with the same score are among 100 is not told by the best 300: torch's topk
+    leaves their order open, and in bf16 they are many.
+    """
     dtype = AUTOCAST.get(config.engine.precision)
-    detections = []
+    detections: list[list[dict[str, Any]]] = [[] for _ in tops]
     loader = evaluation_batches(
         shards, labels, config, rank, world, config.engine.evaluation_batch, device.type == "cuda"
     )
@@ -99,9 +115,12 @@ def detect(
         for i, batch in enumerate(loader):
             if i < common:
                 between()
-            results = predict(model, batch.to(device), dtype)
-            for image_id, result in zip(batch.image_ids, results, strict=True):
-                detections += records(image_id, result, labels)
+            batch = batch.to(device)
+            outputs = infer(model, batch, dtype)
+            for top, found in zip(tops, detections, strict=True):
+                results = postprocess(outputs, batch.sizes.to(device), top)
+                for image_id, result in zip(batch.image_ids, results, strict=True):
+                    found += records(image_id, result, labels)
     return detections
 
 
@@ -117,12 +136,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def infer(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The model's outputs for a batch on its device. dtype: of autocast, None for none."""
+    with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
+        return model(batch.normalized_images(), batch.padding_mask)
+
+
 def predict(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> list[dict[str, Tensor]]:
     """The detections of each image of a batch on the model's device, as `postprocess` gives them,
     in pixels of the original images. dtype: of autocast, None for none."""
-    with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
-        outputs = model(batch.normalized_images(), batch.padding_mask)
-    return postprocess(outputs, batch.sizes.to(batch.images.device))
+    return postprocess(infer(model, batch, dtype), batch.sizes.to(batch.images.device))
 
 
 def records(image_id: int, result: dict[str, Tensor], labels: Labels) -> list[dict[str, Any]]:
@@ -147,45 +170,41 @@ def gather(detections: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
         dist.gather_object(detections, every if dist.get_rank() == 0 else None, dst=0)
         if dist.get_rank() != 0:
             return None
-    # Stable within an image: records of one image come from one rank, best score first.
-    return sorted((d for part in every for d in part), key=lambda d: d["image_id"])
+    return merged(every)
+
+
+def merged(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The records of all ranks by image; within one as they were, for they come from one rank."""
+    return sorted((d for part in parts for d in part), key=lambda d: d["image_id"])
 
 
 def summarize(truth: COCO, detections: list[dict[str, Any]]) -> Evaluation:
-    """pycocotools' bounding-box numbers, with nothing printed."""
-    if not detections:  # pycocotools refuses an empty list
-        return Evaluation(dict.fromkeys(NAMES, 0.0), {}, [])
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco_eval = COCOeval(truth, truth.loadRes(detections), iouType="bbox")
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
-    summary = dict(zip(NAMES, map(float, coco_eval.stats), strict=True))
-    # [thresholds, recalls, categories, areas, limits of detections]; -1 marks "no such object".
-    precision = coco_eval.eval["precision"][:, :, :, 0, -1]
-    per_class = {}
-    for k, category in enumerate(coco_eval.params.catIds):
-        values = precision[:, :, k]
-        values = values[values > -1]
-        name = truth.cats[category]["name"]
-        per_class[name] = float(np.mean(values)) if values.size else -1.0
-    return Evaluation(summary, per_class, detections)
+    """COCO's numbers for result records."""
+    return evaluation_of(score(truth, detections), detections)
+
+
+def evaluation_of(scores: Scores, detections: list[dict[str, Any]]) -> Evaluation:
+    per_class = {name: scores.of_class(k)["AP"] for k, name in enumerate(scores.names)}
+    return Evaluation(scores.summary(), per_class, detections)
 
 
 def table(evaluation: Evaluation) -> str:
     """The 12 numbers and AP by class, as text."""
-    shown = {n: "  n/a" if v < 0 else f"{v:.3f}" for n, v in evaluation.summary.items()}
-    rows = [
-        "  ".join(f"{name:>6}" for name in NAMES[:6]),
-        "  ".join(f"{shown[name]:>6}" for name in NAMES[:6]),
-        "  ".join(f"{name:>6}" for name in NAMES[6:]),
-        "  ".join(f"{shown[name]:>6}" for name in NAMES[6:]),
+    return "\n".join([numbers_table(evaluation.summary), *class_lines(evaluation.per_class)])
+
+
+def numbers_table(summary: dict[str, float]) -> str:
+    """12 numbers in two rows of six, below their names."""
+    names = list(summary)
+    shown = ["  n/a" if v < 0 else f"{v:.3f}" for v in summary.values()]
+    rows = [names[:6], shown[:6], names[6:], shown[6:]]
+    return "\n".join("  ".join(f"{cell:>6}" for cell in row) for row in rows)
+
+
+def class_lines(per_class: dict[str, float]) -> list[str]:
+    if not per_class:
+        return []
+    width = max(len(name) for name in per_class)
+    return ["AP by class"] + [
+        f"  {name:<{width}}  {'n/a' if v < 0 else f'{v:.3f}'}" for name, v in per_class.items()
     ]
-    if evaluation.per_class:
-        width = max(len(name) for name in evaluation.per_class)
-        rows.append("AP by class")
-        rows += [
-            f"  {name:<{width}}  {'n/a' if v < 0 else f'{v:.3f}'}"
-            for name, v in evaluation.per_class.items()
-        ]
-    return "\n".join(rows)

@@ -114,10 +114,7 @@ def write_evaluation(folder: Path, step: int, epoch: int, evaluation: Evaluation
 def write_detections(folder: Path, evaluation: Evaluation) -> None:
     """Writes evaluations/best-detections.json, a COCO result file, for comparisons of runs."""
     (folder / "evaluations").mkdir(exist_ok=True)
-    # pycocotools has added fields of its own to the records.
-    keys = ("image_id", "category_id", "bbox", "score")
-    records = [{key: record[key] for key in keys} for record in evaluation.detections]
-    _write_json(folder / "evaluations" / "best-detections.json", records, None)
+    _write_json(folder / "evaluations" / "best-detections.json", evaluation.detections, None)
 
 
 def publish_best(folder: Path, progress: Progress) -> None:

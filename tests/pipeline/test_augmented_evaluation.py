@@ -184,8 +184,8 @@ def test_data_without_annotations_gives_a_result_file(
     done = run_command("data_prep", "convert", "--images", drawn.coco / "val", "--annotations",
                        tmp_path / "test-dev.json", "--output", tmp_path / "shards")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    command = ("pipeline", "evaluate", "--checkpoint", detector, "--data", tmp_path / "shards")
-    done = run_command(*command, "--output", tmp_path / "results.json", "--tta")
+    command = ("pipeline", "evaluate", detector, "--data", tmp_path / "shards")
+    done = run_command(*command, "--results", tmp_path / "results.json", "--tta")
     assert done.returncode == 0, done.stderr
     assert "no annotations: 12 images" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
@@ -195,7 +195,7 @@ def test_data_without_annotations_gives_a_result_file(
     assert main("python -m pipeline", "", COMMANDS, [str(x) for x in command[1:]]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
-    assert "--output FILE" in said
+    assert "--results FILE" in said
 
 
 @pytest.mark.parametrize(
@@ -204,11 +204,11 @@ def test_data_without_annotations_gives_a_result_file(
         (["--tta-sides", "600"], "without --tta"),
         (["--tta", "--tta-sides", "0"], "1 or more"),
         (["--batch-size", "-1"], "--batch-size"),
-        (["--output", "none/results.json"], "'none' does not exist"),
+        (["--results", "none/results.json"], "'none' does not exist"),
     ],
 )
 def test_mistakes_are_one_line(drawn, detector, capsys, options, word):
-    arguments = ["--checkpoint", str(detector), "--data", str(drawn.shards / "val"), *options]
+    arguments = [str(detector), "--data", str(drawn.shards / "val"), *options]
     assert main("python -m pipeline", "", COMMANDS, ["evaluate", *arguments]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1

@@ -25,9 +25,9 @@ def check_one_line(stdout: str, stderr: str, words: list[str]) -> None:
             ["train", "demo", "--output", "x", "--data.train", "tests", "--data.val", "tests"],
             ["not a shard folder"],
         ),
-        (["evaluate", "--checkpoint", "/none", "--data", "tests"], ["'/none' does not exist"]),
+        (["evaluate", "/none", "--data", "tests"], ["'/none' does not exist"]),
         (["trian"], ["unknown command 'trian'", "train"]),
-        (["evaluate", "--checkpoint", "tests", "--data", "tests", "--device", "gpu"], ["'gpu'"]),
+        (["evaluate", "tests", "--data", "tests", "--device", "gpu"], ["'gpu'"]),
         (["recipes", "--all"], ["no options"]),
     ],
 )
@@ -53,7 +53,7 @@ def test_without_line_characters_the_message_is_the_same(run_command):
             ["train", "demo", "--output", "x", "--data.train", "/none", "--data.val", "/none"],
             ["'/none' does not exist", "data_prep convert"],
         ),
-        (["evaluate", "--checkpoint", "tests", "--data", "tests"], ["not a checkpoint"]),
+        (["evaluate", "tests", "--data", "tests"], ["not a checkpoint"]),
     ],
 )
 def test_of_a_process_nothing_but_the_line_is_seen(run_command, arguments, words):

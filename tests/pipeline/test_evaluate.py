@@ -13,7 +13,17 @@ from pycocotools.cocoeval import COCOeval
 from model.detr import build_model
 from pipeline.data.labels import build_labels
 from pipeline.data.shards import ShardSet
-from pipeline.evaluate import NAMES, detect, gather, ground_truth, summarize, table
+from pipeline.errors import UserError
+from pipeline.evaluate import (
+    NAMES,
+    detect,
+    detect_best,
+    gather,
+    ground_truth,
+    merged,
+    summarize,
+    table,
+)
 from pipeline.recipes import recipe
 
 
@@ -80,8 +90,17 @@ def test_data_without_area_crowd_flag_or_positive_ids_can_be_evaluated(
 
 def test_nothing_detected_scores_zero(val):
     evaluation = summarize(ground_truth(val), [])
-    assert evaluation.summary == dict.fromkeys(NAMES, 0.0)
+    # No drawn object is large.
+    undefined = {"AP_L", "AR_L"}
+    assert evaluation.summary == {n: -1.0 if n in undefined else 0.0 for n in NAMES}
+    assert set(evaluation.per_class.values()) == {0.0}
     assert "0.000" in table(evaluation)
+
+
+def test_detections_in_unknown_images_are_refused(drawn, val):
+    found = [*perfect(drawn), {**perfect(drawn)[0], "image_id": 12345678}]
+    with pytest.raises(UserError, match="image id 12345678"):
+        summarize(ground_truth(val), found)
 
 
 def test_the_table_shows_undefined_numbers_as_such(drawn, val):
@@ -100,11 +119,23 @@ def test_ranks_together_detect_what_one_process_detects(val):
     device = torch.device("cpu")
     alone = gather(detect(model, val, labels, config, device))
     assert model.training
-    parts = [detect(model, val, labels, config, device, rank, 3) for rank in range(3)]
     assert {d["image_id"] for d in alone} == set(val.image_id.tolist())
-    assert sum(map(len, parts)) == len(alone)
-    counts = [sorted(d["image_id"] for d in part) for part in parts]
-    assert not set(counts[0]) & set(counts[1])
+    for world in (2, 3):
+        parts = [detect(model, val, labels, config, device, rank, world) for rank in range(world)]
+        assert merged(parts) == alone
+        images = [{d["image_id"] for d in part} for part in parts]
+        assert sum(map(len, images)) == len(set.union(*images))
+
+
+def test_the_hundred_best_are_the_same_beside_more(val):
+    torch.manual_seed(0)
+    config = recipe("demo")
+    model = build_model(config.model)
+    labels = build_labels(val.categories, "contiguous")
+    given = (model, val, labels, config, torch.device("cpu"))
+    best, more = detect_best(*given, 0, 1, lambda: None, (100, 120))
+    assert best == detect(*given)
+    assert len(more) == 120 * len(val)
 
 
 def test_records_are_in_coco_form(val):

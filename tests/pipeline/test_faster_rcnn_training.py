@@ -48,7 +48,7 @@ def test_it_learns_evaluates_and_draws(drawn, tmp_path, run_command, capsys):
     ids = sorted(c["id"] for c in drawn.annotations("val")["categories"])
     assert content["labels"]["category_of"] == (-1, *ids)
     assert content["model"]["roi_heads.box_predictor.cls_score.bias"].shape == (1 + len(ids),)
-    arguments = ["evaluate", "--checkpoint", str(folder), "--data", str(drawn.shards / "val")]
+    arguments = ["evaluate", str(folder), "--data", str(drawn.shards / "val")]
     assert main("python -m pipeline", "", COMMANDS, arguments) == 0
     best = max(x["AP"] for x in lines if x["kind"] == "evaluation")
     assert f"{best:.3f}" in capsys.readouterr().out.splitlines()[1]

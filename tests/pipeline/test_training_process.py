@@ -93,8 +93,8 @@ def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(drawn, tmp_p
     assert content["labels"]["category_of"][max(ids)] == max(ids)
     assert sum(c >= 0 for c in content["labels"]["category_of"]) == len(ids)
 
-    options = ["--data", drawn.shards / "val", "--output", tmp_path / "results.json"]
-    arguments = ["evaluate", "--checkpoint", folder, *options]
+    options = ["--data", drawn.shards / "val", "--results", tmp_path / "results.json"]
+    arguments = ["evaluate", folder, *options]
     assert main("python -m pipeline", "", COMMANDS, [str(x) for x in arguments]) == 0
     assert f"{lines[-1]['AP']:.3f}" in capsys.readouterr().out.splitlines()[1]
     assert json.loads((tmp_path / "results.json").read_text())[0].keys() == {
