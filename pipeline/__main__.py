@@ -14,7 +14,7 @@ from pipeline.commands.visualize import run_visualize
 
 COMMANDS = {
     "train": Command(run_train, "train a recipe, or resume the run in --output"),
-    "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint on a shard folder"),
+    "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint, and where its errors are"),
     "predict": Command(run_predict, "objects in image files: COCO JSON, CSV and pictures"),
     "visualize": Command(run_visualize, "what a checkpoint looks at, in pictures"),
     "export": Command(run_export, "a checkpoint for the transformers library"),
