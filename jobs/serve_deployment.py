@@ -14,7 +14,7 @@ from ray import serve
 from pipeline.predict import Detections, Detector
 from pipeline.predict_images import Prepared
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is taken from the network, fewer than from a disk: readers of others are little tested."""
 
 DECODERS = 2  # images decoded at once; each can need several times its pixels in memory
