@@ -206,16 +206,14 @@ def weights_digest(weights: dict[str, Any]) -> str:
 
 
 def limits(options: ServeOptions, augment: AugmentConfig) -> "Limits":
-    """A model that takes images in their own size is not given larger ones than one that resizes
-    them: memory grows with their pixels."""
+    """A model that takes images in their own size is given none that are larger than what other
+    models resize them to: its memory grows with their pixels, and a long one pads a batch."""
     from jobs.serve_requests import Limits
 
-    megapixels = options.max_megapixels
-    if not augment.val_short_side:
-        megapixels = min(megapixels, augment.max_side**2 / 1e6)
     return Limits(
         megabytes=options.max_megabytes,
-        megapixels=round(megapixels, 2),
+        megapixels=options.max_megapixels,
+        longest_side=0 if augment.val_short_side else augment.max_side,
         images=options.max_images,
         queue=options.max_queue,
         seconds=options.timeout,

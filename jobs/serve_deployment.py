@@ -32,6 +32,8 @@ class Settings:
     max_wait: float
     """Seconds that an image waits for others to share its batch."""
     megapixels: float
+    longest_side: int
+    """In pixels. 0: any."""
 
 
 class DetectorReplica:
@@ -63,7 +65,7 @@ class DetectorReplica:
         return {**as_json(found, threshold, most), "batch": batch}
 
     def _prepare(self, data: bytes) -> Prepared:
-        check_image(data, self.settings.megapixels)
+        check_image(data, self.settings.megapixels, self.settings.longest_side)
         return self.detector.prepare(data)
 
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0)
@@ -86,7 +88,7 @@ class DetectorReplica:
             return [error]
 
 
-def check_image(data: bytes, megapixels: float) -> None:
+def check_image(data: bytes, megapixels: float, longest_side: int) -> None:
     """Raises `ValueError` unless the header is an image's, of a kind and size that is taken."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -98,6 +100,11 @@ def check_image(data: bytes, megapixels: float) -> None:
     if width * height > megapixels * 1e6:
         raise ValueError(
             f"got {width} x {height} pixels, expected at most {megapixels:g} million in all"
+        )
+    if longest_side and max(width, height) > longest_side:
+        raise ValueError(
+            f"got {width} x {height} pixels, expected sides of at most {longest_side}, because "
+            f"this model takes images in their own size"
         )
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jobs.serve import ServeOptions
 
 APPLICATION = "detector"
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 READY_FOR = 1.0  # seconds that Ray Serve's word on its replicas counts
 
 
@@ -71,6 +72,7 @@ def deployed(options: "ServeOptions", model: dict[str, Any]) -> Iterator[Replica
         options.max_batch,
         options.max_wait_ms / 1000,
         model["limits"]["megapixels"],
+        model["limits"]["longest_side"],
     )
     application = serve.deployment(
         DetectorReplica,
@@ -80,6 +82,7 @@ def deployed(options: "ServeOptions", model: dict[str, Any]) -> Iterator[Replica
         max_queued_requests=-1,
         ray_actor_options={"num_cpus": cpus, "num_gpus": 1 if on_gpu else 0},
         health_check_period_s=5,
+        logging_config=QUIET,
         graceful_shutdown_timeout_s=2,
     ).bind(settings)
     at_term = signal.getsignal(signal.SIGTERM)
@@ -87,10 +90,7 @@ def deployed(options: "ServeOptions", model: dict[str, Any]) -> Iterator[Replica
         ray.init(address=_head_address(), namespace=APPLICATION, logging_level="ERROR")
         signal.signal(signal.SIGTERM, at_term)  # Ray sets its own
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(
-            proxy_location="Disabled",
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
+        serve.start(proxy_location="Disabled", logging_config=QUIET)
         try:
             handle = serve.run(application, name=APPLICATION, route_prefix=None)
         except RuntimeError as error:

@@ -31,6 +31,8 @@ class Limits:
     """Of a request's body, in units of 1e6 bytes."""
     megapixels: float = 50.0
     """Of an image, in units of 1e6 pixels."""
+    longest_side: int = 0
+    """Of an image, in pixels. 0: any."""
     images: int = 16
     """In a request."""
     queue: int = 64

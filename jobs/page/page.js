@@ -30,7 +30,8 @@ async function begin() {
     `${model.recipe}: ${classes.length} ${classes.length === 1 ? "class" : "classes"} (${names}${more})`;
   $("accepted").textContent =
     `JPEG, PNG, WebP, GIF, BMP or TIFF, up to ${limits.megabytes} MB and ` +
-    `${limits.megapixels} million pixels`;
+    (limits.longest_side ? `sides of ${limits.longest_side} pixels` :
+      `${limits.megapixels} million pixels`);
   $("threshold").value = Math.max(LEAST, limits.threshold);
   filter();
 }
@@ -115,9 +116,11 @@ function show(file, answer) {
     row.addEventListener("blur", () => light(null));
     return one;
   });
-  // Large boxes first, so that the pointer reaches the small ones.
-  const area = ({ box }) => parseFloat(box.style.width) * parseFloat(box.style.height);
-  $("boxes").replaceChildren(...[...found].sort((a, b) => area(b) - area(a)).map((d) => d.box));
+  // Large boxes first, so that the pointer reaches the small ones; of two alike the better on top.
+  const size = ({ box: { style } }) =>
+    Math.round(Math.log2(parseFloat(style.width) * parseFloat(style.height)));
+  const order = [...found].sort((a, b) => size(b) - size(a) || a.score - b.score);
+  $("boxes").replaceChildren(...order.map((d) => d.box));
   $("list").replaceChildren(...found.map((d) => d.row));
   $("status").dataset.about = `${width} × ${height} pixels, ${answer.seconds.toFixed(2)} s`;
   document.body.classList.add("seen");
