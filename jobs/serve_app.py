@@ -72,7 +72,7 @@ class Service:
                 Route("/metrics", self._metrics),
                 Route("/model", self._model),
             ],
-            exception_handlers={Refused: _refused, HTTPException: _http_error},
+            exception_handlers={Refused: _refused, HTTPException: _http_error, Exception: _failed},
         )
         app.router.redirect_slashes = False
         return self._guarded(app)
@@ -102,13 +102,8 @@ class Service:
                     await _refused(request, problem)(scope, receive, answer)
                 else:
                     await app(scope, receive, answer)
-            except ClientDisconnect:
-                status = 499  # nobody hears it; the log of requests does
-            except Exception:
+            except Exception:  # answered already
                 traceback.print_exc(file=sys.stderr)
-                if status == 0:
-                    failure = Refused(500, "the service failed; its log says why")
-                    await _refused(request, failure)(scope, receive, answer)
             finally:
                 self.metrics.requests.labels(path, status).inc()
                 if path == "/detect":
@@ -155,6 +150,8 @@ class Service:
                 raise Refused(504, f"no detections within {seconds}", RETRY_AFTER) from None
             message = f"the request did not arrive within {seconds}"
             raise Refused(408, message, {"Connection": "close"}) from None
+        except ClientDisconnect:
+            raise Refused(499, "the client went away") from None  # for the metrics alone
         except Unavailable:
             raise Refused(503, "the detector is starting; try again", RETRY_AFTER) from None
         if all("error" in answer for answer in answers):
@@ -228,6 +225,10 @@ def _known(host: str, names: Collection[str]) -> bool:
 def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     return JSONResponse({"error": str(error)}, error.status, error.headers)
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    return _refused(request, Refused(500, "the service failed; its log says why"))
 
 
 def _http_error(request: Request, error: Exception) -> Response:

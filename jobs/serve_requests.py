@@ -176,6 +176,9 @@ async def from_form(request: Request, body: bytes, limits: Limits) -> list[bytes
             yield body[at : at + CHUNK]
             await asyncio.sleep(0)  # others have their turn
 
+    broken = Refused(400, "the body is not a form of multipart/form-data, or not the whole of one")
+    if body and not body.rstrip().endswith(b"--"):
+        raise broken  # cut off, which the parser does not mind
     # One file more than is allowed, to tell too many from a form that is broken.
     parser = MultiPartParser(request.headers, chunks(), max_files=limits.images + 1, max_fields=16)  # type: ignore[arg-type]
     try:
@@ -183,9 +186,9 @@ async def from_form(request: Request, body: bytes, limits: Limits) -> list[bytes
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
             _check_count(limits.images + 1, limits)
-        raise Refused(400, "the body is not a form of multipart/form-data") from None
+        raise broken from None
     except (KeyError, ValueError, UnicodeError):
-        raise Refused(400, "the body is not a form of multipart/form-data") from None
+        raise broken from None
     try:
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
         _check_count(len(files), limits)
