@@ -27,6 +27,17 @@ if TYPE_CHECKING:
     from jobs.serve_replicas import Replicas
     from jobs.serve_requests import Limits
 
+RAY = {
+    # A service is not to yield to whatever else the machine does, as training jobs are.
+    "RAY_worker_niceness": "0",
+    # Ray would end replicas once the machine's memory is nearly full, whoever fills it.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # Seconds for a replica to say how much it has to do; 0.1 is short for a machine at its limit.
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",
+    # As for the cluster: else Ray looks for 127.0.0.1 under the machine's own address.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -75,10 +86,8 @@ def run_serve(args: list[str]) -> None:
     with listening(options.host, options.port) as door:
         model = describe(options)
         print("starting Ray Serve", flush=True)
-        # A service is not to yield to whatever else the machine does, as training jobs are.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # As for the cluster: else Ray looks for 127.0.0.1 under the machine's own address.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        for name, value in RAY.items():
+            os.environ.setdefault(name, value)
         with local_cluster():
             # Ray reads the above, and the cluster's token, as it is imported.
             from jobs.serve_replicas import deployed
@@ -169,7 +178,7 @@ def describe(options: ServeOptions) -> dict[str, Any]:
             f"that this process may use"
         )
     detector = Detector.load(options.checkpoint, options.device, options.precision)
-    progress = load_model(options.checkpoint)["progress"]
+    progress = load_model(options.checkpoint).get("progress", {})
     config = detector.config
     return {
         "recipe": config.recipe,
@@ -186,7 +195,7 @@ def describe(options: ServeOptions) -> dict[str, Any]:
         },
         "parameters": sum(p.numel() for p in detector.model.parameters()),
         "weights_sha256": weights_digest(detector.model.state_dict()),
-        "trained": {"steps": progress["step"], "epochs": progress["epoch"]},
+        "trained": {"steps": progress.get("step"), "epochs": progress.get("epoch")},
         "device": detector.device.type,
         "precision": config.engine.precision,
         "limits": asdict(limits(options, config.augment)),

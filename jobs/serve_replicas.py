@@ -77,8 +77,8 @@ def deployed(options: "ServeOptions", model: dict[str, Any]) -> Iterator[Replica
     application = serve.deployment(
         DetectorReplica,
         num_replicas=options.replicas,
-        # The queue is the door's: here a batch is looked at while the next ones are decoded.
-        max_ongoing_requests=3 * options.max_batch,
+        # The queue is the door's; what it takes is decoded while a batch is looked at.
+        max_ongoing_requests=options.max_queue,
         max_queued_requests=-1,
         ray_actor_options={"num_cpus": cpus, "num_gpus": 1 if on_gpu else 0},
         health_check_period_s=5,
@@ -89,7 +89,7 @@ def deployed(options: "ServeOptions", model: dict[str, Any]) -> Iterator[Replica
     try:
         ray.init(address=_head_address(), namespace=APPLICATION, logging_level="ERROR")
         signal.signal(signal.SIGTERM, at_term)  # Ray sets its own
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         try:
             handle = serve.run(application, name=APPLICATION, route_prefix=None)
