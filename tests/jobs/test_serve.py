@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import http.client
 import json
 import socket
 import threading
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jobs import serve_door
 from jobs.__main__ import COMMANDS
 from jobs.serve_app import Unavailable
 from jobs.serve_requests import Limits, Refused, from_json
@@ -173,7 +175,8 @@ def test_the_inside_stays_inside(service, capfd):
     answer = service.post(b"boom")
     assert answer.status == 500
     assert answer.json == {"error": "the service failed; its log says why"}
-    assert "/secret/path exploded" in capfd.readouterr().err
+    logged = []  # after the answer
+    until(lambda: logged.append(capfd.readouterr().err) or "/secret/path" in "".join(logged))
     assert service.post(form(b"1", b"boom"), FORM).status == 500
     assert widths(service.post(b"1")) == [1]
 
@@ -413,14 +416,51 @@ def test_a_body_that_does_not_come_is_408():
             b"POST /detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
             b"Content-Length: 9\r\n\r\n123"
         )
-        answer = b""
-        while part := client.recv(4096):  # until it is closed
-            answer += part
-        assert answer.startswith(b"HTTP/1.1 408")
+        assert closed(client).startswith(b"HTTP/1.1 408")
         assert one.service.held == 0
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def closed(client) -> bytes:
+    """What comes until the other side closes the connection."""
+    answer = b""
+    while part := client.recv(4096):
+        answer += part
+    return answer
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /detect HTTP/1.1\r\nHost: loc"])
+def test_a_client_that_asks_nothing_is_let_go(monkeypatch, sent):
+    monkeypatch.setattr(serve_door, "HEAD_SECONDS", 0.3)
+    with running(by_size) as one, one.connect() as client:
+        client.sendall(sent)
+        assert closed(client) == b""
+        assert one.post(b"1").status == 200
+
+
+def test_a_head_without_end_is_refused(service):
+    with service.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000)
+        assert client.recv(64).startswith(b"HTTP/1.1 4")
+
+
+def test_more_clients_than_there_is_room_for_are_let_go(monkeypatch):
+    monkeypatch.setattr(serve_door, "CONNECTIONS", 2)
+    with running(by_size) as one, one.connect() as first, one.connect() as second:
+        with one.connect() as third:
+            assert closed(third) == b""
+        first.close()
+        second.close()
+        until(lambda: accepted(one))
+
+
+def accepted(one) -> bool:
+    try:
+        return one.post(b"1").status == 200
+    except (ConnectionError, http.client.HTTPException):
+        return False
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     body=st.one_of(
         st.binary(max_size=300),
