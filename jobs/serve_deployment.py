@@ -95,6 +95,10 @@ def check_image(data: bytes, megapixels: float, longest_side: int) -> None:
             width, height = image.size
     except UnidentifiedImageError:
         raise ValueError("not an image: expected JPEG, PNG, WebP, GIF, BMP or TIFF") from None
+    except Image.DecompressionBombError:  # beyond Pillow's own limit
+        raise ValueError(
+            f"the image has too many pixels, expected at most {megapixels:g} million in all"
+        ) from None
     except Exception:  # a damaged header trips Pillow in every way there is
         raise ValueError("the image is damaged") from None
     if width * height > megapixels * 1e6:
