@@ -13,6 +13,14 @@ function complain(text) {
   $("error").hidden = !text;
 }
 
+// What was shown before is not of the file that was refused.
+function refuse(text) {
+  complain(text);
+  found = [];
+  document.body.classList.remove("seen");
+  $("figure").hidden = $("found").hidden = true;
+}
+
 async function begin() {
   $("curl").textContent =
     `curl -H 'Content-Type: image/jpeg' --data-binary @street.jpg '${location.origin}/detect'\n` +
@@ -41,7 +49,7 @@ async function look(file) {
   const mine = (current = new AbortController());
   complain("");
   if (model && file.size > model.limits.megabytes * 1e6) {
-    complain(`the file has ${(file.size / 1e6).toFixed(1)} MB, and ${model.limits.megabytes} MB are taken`);
+    refuse(`the file has ${(file.size / 1e6).toFixed(1)} MB, and ${model.limits.megabytes} MB are taken`);
     return;
   }
   document.body.classList.add("waiting");
@@ -59,7 +67,7 @@ async function look(file) {
   } catch (error) {
     if (mine.signal.aborted) return;
     const known = error instanceof TypeError || error instanceof SyntaxError;
-    complain(known ? "the service does not answer; is it still running?" : error.message);
+    refuse(known ? "the service does not answer; is it still running?" : error.message);
   } finally {
     if (current === mine) document.body.classList.remove("waiting");
   }

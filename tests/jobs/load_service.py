@@ -4,7 +4,8 @@
         --service batched=http://127.0.0.1:8123@PID --service single=http://127.0.0.1:8124@PID
 
 Each client asks again as soon as it is answered. Services are measured in turn, in several rounds;
-medians over the rounds are printed. PID: of the service, for its memory with all below it.
+medians over the rounds are printed, and the memory after each round. PID: of the service, for its
+memory with all below it.
 """
 
 import argparse
@@ -75,11 +76,12 @@ def measure(services, image, clients, seconds, rounds):
     print("| service | clients | images/s | spread | p50 ms | p90 ms | p99 ms | 503 | MB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (name, count), found in rows.items():
-        rate, p50, p90, p99, refused, megabytes = map(statistics.median, zip(*found, strict=True))
+        rate, p50, p90, p99, refused, _ = map(statistics.median, zip(*found, strict=True))
+        memories = ", ".join(f"{one[-1]:.0f}" for one in found)
         rates = [one[0] for one in found]
         print(
             f"| {name} | {count} | {rate:.1f} | {min(rates):.1f}–{max(rates):.1f} | {p50:.0f} | "
-            f"{p90:.0f} | {p99:.0f} | {refused:.0f} | {megabytes:.0f} |",
+            f"{p90:.0f} | {p99:.0f} | {refused:.0f} | {memories} |",
             flush=True,
         )
 

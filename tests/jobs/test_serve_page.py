@@ -166,9 +166,12 @@ def test_pointing_and_the_keyboard_light_a_box_and_its_row(page, picture):
 )
 def test_errors_are_sentences(page, tmp_path, picture, name, content, said):
     (tmp_path / name).write_bytes(content)
+    page.choose("#file", picture)
+    seen(page)
     page.choose("#file", tmp_path / name)
     page.wait("!error.hidden")
     assert page.run("error.textContent") == said
+    assert page.run("figure.hidden")  # it was of another file
     page.choose("#file", picture)  # and a good one mends it
     seen(page)
     assert page.run("error.hidden")
