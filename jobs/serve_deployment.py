@@ -71,10 +71,26 @@ class DetectorReplica:
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0)
     async def _together(self, images: list[Prepared]) -> list[tuple[Detections | Exception, int]]:
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self.model, self._look, images)
-        return [(one, 0 if i else len(images)) for i, one in enumerate(found)]
+        return await loop.run_in_executor(self.model, self._look, images)
 
-    def _look(self, images: list[Prepared]) -> list[Detections | Exception]:
+    def _look(self, images: list[Prepared]) -> list[tuple[Detections | Exception, int]]:
+        """What is found in each image, and the number of images that were looked at with it, for
+        one of them; 0 for the others.
+
+        Images of one size are looked at together. Others would be padded, and what is found in an
+        image would depend on what other clients send.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(tuple(image.example.image.shape), []).append(i)
+        found: dict[int, tuple[Detections | Exception, int]] = {}
+        for group in groups.values():
+            results = self._detect([images[i] for i in group])
+            counts = [len(group), *[0] * (len(group) - 1)]
+            found.update(zip(group, zip(results, counts, strict=True), strict=True))
+        return [found[i] for i in range(len(images))]
+
+    def _detect(self, images: list[Prepared]) -> list[Detections | Exception]:
         """A batch that fails is taken an image at a time, so that only what is at fault does."""
         try:
             found: list[Detections | Exception] = list(self.detector.detect(images))
@@ -83,7 +99,7 @@ class DetectorReplica:
         except Exception as error:
             if len(images) > 1:
                 log.exception("a batch of %d images failed; each is tried alone", len(images))
-                return [self._look([image])[0] for image in images]
+                return [self._detect([image])[0] for image in images]
             self.failures += 1
             return [error]
 

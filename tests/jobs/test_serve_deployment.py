@@ -4,6 +4,7 @@ import io
 import logging
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_formats_of_the_network_are_taken(kind):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
         (encoded("PPM"), "not an image"),  # of a format that a disk may have
         (encoded("PNG", (2001, 1000)), "got 2001 x 1000 pixels, expected at most 2 million"),
-        (claims(10_000, 9_000), "got 10000 x 9000 pixels, expected at most 2 million"),
+        (claims(10_000, 8_000), "got 10000 x 8000 pixels, expected at most 2 million"),
         (claims(60_000, 40_000), "too many pixels, expected at most 2 million"),
         (encoded("PNG")[:20], "damaged"),
     ],
@@ -76,37 +77,57 @@ def test_answers_have_the_best_that_score_enough():
     assert len(as_json(FOUND, 0, 1)["detections"]) == 1
 
 
-class Fails:
-    """A detector that fails for the images "bad", whatever is beside them."""
+def image(height: int, width: int, bad: bool = False) -> SimpleNamespace:
+    """What a replica looks at of a prepared image."""
+    pixels = np.zeros((3, height, width), dtype=np.uint8)
+    return SimpleNamespace(example=SimpleNamespace(image=pixels), bad=bad)
+
+
+class Watched:
+    """A detector that keeps the sizes of its batches, and fails for some images."""
+
+    def __init__(self):
+        self.batches = []
 
     def detect(self, images):
-        if "bad" in images:
+        self.batches.append([one.example.image.shape[1:] for one in images])
+        if any(one.bad for one in images):
             raise RuntimeError("CUDA out of memory")
-        return [FOUND for _ in images]
+        return images
 
 
 @pytest.fixture
 def replica():
     one = DetectorReplica.__new__(DetectorReplica)  # without a checkpoint
-    one.detector, one.failures = Fails(), 0
+    one.detector, one.failures = Watched(), 0
     return one
 
 
+def test_images_of_one_size_are_looked_at_together_and_no_others(replica):
+    images = [image(4, 6), image(6, 4), image(4, 6), image(2, 2), image(6, 4), image(4, 6)]
+    found = replica._look(images)
+    assert [one for one, _ in found] == images  # each its own
+    assert [count for _, count in found] == [3, 2, 0, 1, 0, 0]
+    assert replica.detector.batches == [[(4, 6)] * 3, [(6, 4)] * 2, [(2, 2)]]
+
+
 def test_only_the_image_at_fault_fails(replica, caplog):
+    images = [image(4, 6), image(4, 6, bad=True), image(4, 6)]
     with caplog.at_level(logging.ERROR, "ray.serve"):
-        good, bad, other = replica._look(["good", "bad", "good"])
-    assert good is other is FOUND
+        good, bad, other = (one for one, _ in replica._look(images))
+    assert (good, other) == (images[0], images[2])
     assert isinstance(bad, RuntimeError)
     replica.check_health()
 
 
 def test_a_model_that_fails_again_and_again_is_replaced(replica):
+    good, bad = [image(2, 2)], [image(2, 2, bad=True)]
     for _ in range(FAILURES - 1):
-        replica._look(["bad"])
+        replica._look(bad)
     replica.check_health()
-    replica._look(["good"])  # and one that recovers is kept
+    replica._look(good)  # and one that recovers is kept
     for _ in range(FAILURES):
         replica.check_health()
-        replica._look(["bad"])
+        replica._look(bad)
     with pytest.raises(RuntimeError, match="failed 3 times in a row"):
         replica.check_health()

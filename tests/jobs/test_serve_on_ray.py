@@ -158,6 +158,8 @@ def test_images_that_come_together_share_a_batch_and_bad_ones_harm_nobody(client
         answers[name] = client.detect(image, "?threshold=0&most=5")
 
     threads = [threading.Thread(target=send, args=(seed, png(seed))) for seed in range(6)]
+    # Of another size: they change nothing for those above.
+    threads += [threading.Thread(target=send, args=(f"tall{n}", png(n, 40, 130))) for n in range(3)]
     threads += [threading.Thread(target=send, args=(f"bad{i}", b)) for i, b in enumerate(bad)]
     for thread in threads:
         thread.start()
@@ -170,7 +172,8 @@ def test_images_that_come_together_share_a_batch_and_bad_ones_harm_nobody(client
             answer["images"][0]["detections"], alone[seed]["detections"], strict=True
         ):
             assert one["score"] == pytest.approx(other["score"], abs=1e-4)
-    for i, said in enumerate(["not an image", "", "damaged", "sides of at most 1333"]):
+    assert [answers[f"tall{n}"][0] for n in range(3)] == [200] * 3
+    for i, said in enumerate(["not an image", "", "not an image", "sides of at most 1333"]):
         status, answer = answers[f"bad{i}"]
         assert status == 400
         assert said in answer["error"]
