@@ -125,7 +125,8 @@ class Service:
                 f"other names that --names lists",
             )
         origin = request.headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+        own = (f"http://{host}".lower(), f"https://{host}".lower())  # https: by a reverse proxy
+        foreign = origin is not None and origin.lower() not in own
         site = request.headers.get("sec-fetch-site", "none")
         if request.method != "GET" and (foreign or site not in ("none", "same-origin")):
             return Refused(403, "a page of another site may not use this service")

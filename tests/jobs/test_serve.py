@@ -246,10 +246,13 @@ def test_only_known_host_names_are_answered(service, host, known):
     [
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": ""}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-site"}, 403),
         ({"Origin": "http://localhost:9"}, 403),
         ({"Origin": "http://localhost", "Host": "localhost"}, 200),
+        ({"Origin": "https://detector.example", "Host": "detector.example"}, 200),
         ({"Sec-Fetch-Site": "same-origin"}, 200),
         ({}, 200),
     ],

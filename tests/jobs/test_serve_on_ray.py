@@ -199,6 +199,7 @@ def test_model_tells_what_it_is(client, checkpoint):
     assert str(checkpoint.parent) not in body.decode()
 
 
+@pytest.mark.chaos
 def test_a_replica_that_dies_is_replaced(client):
     replica = next(
         p for p in psutil.Process(client.command.process.pid).children(recursive=True)
