@@ -1,8 +1,8 @@
 """`python -m jobs serve`: a checkpoint as an HTTP service, by Ray Serve on this machine.
 
 The door, which is this process, speaks HTTP and holds what a client may do to limits; replicas of
-the detector, Ray Serve's, look at images. Serve's own HTTP proxy is left out: it takes bodies of any
-size into memory, and clients can switch its timeout off.
+the detector, Ray Serve's, look at images. Serve's own HTTP proxy is left out: it takes bodies of
+any size into memory, and clients can switch its timeout off.
 """
 
 import hashlib
