@@ -15,6 +15,7 @@ from jobs.grid_status import status
 from jobs.launch import finish, launch
 from jobs.own_data import run_train
 from jobs.resume import run_resume
+from jobs.serve import run_serve
 from jobs.spec import JobSpec, from_the_root
 from jobs.submit import connect, stop
 from jobs.tracking import check_model_name, check_tracking_uri
@@ -223,6 +224,7 @@ COMMANDS = {
     "logs": Command(run_logs, "follow a job's log"),
     "stop": Command(run_stop, "stop a job"),
     "resume": Command(run_resume, "go on with a run or a grid, as it was begun"),
+    "serve": Command(run_serve, "a checkpoint as an HTTP service, with a page to try it on"),
     "compare": Command(run_compare, "a grid or runs beside the paper and each other, as a report"),
 }
 
