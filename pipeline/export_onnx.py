@@ -1,0 +1,87 @@
+"""A detector as an ONNX file of standard operators."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+from torch.export import ExportedProgram
+
+from pipeline.export_check import Run
+from pipeline.export_graph import exported
+from pipeline.export_metadata import metadata
+from pipeline.predict import Detector
+
+OPSET = 18
+"""The lowest that torch's exporter writes."""
+INPUTS, OUTPUTS = ["images", "sizes"], ["scores", "labels", "boxes"]
+
+
+def write_onnx(detector: Detector, path: Path) -> None:
+    """One file, weights and metadata included. Raises `UserError` as `exported` does."""
+    import onnx
+
+    with _silent("torch.onnx"):
+        program = torch.onnx.export(
+            _exact_resizing(exported(detector)),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    for node in proto.graph.node:  # else each says at which line of which file it was traced
+        node.ClearField("metadata_props")
+    proto.graph.ClearField("value_info")
+    names: dict[str, str] = {}
+    images = proto.graph.input[0].type.tensor_type.shape.dim
+    for axis, name in ((0, "batch"), (2, "height"), (3, "width")):
+        names[images[axis].dim_param] = name
+    for value in (*proto.graph.input, *proto.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = names[size.dim_param]
+    proto.producer_name = "deformable-detr-pipeline"
+    onnx.helper.set_model_props(proto, metadata(detector))
+    onnx.save(proto, path)
+
+
+def _exact_resizing(program: ExportedProgram) -> ExportedProgram:
+    """Nearest neighbours by index. ONNX's Resize divides by the inverse ratio in float32 and picks
+    another cell than torch at every twelfth size (docs/export.md)."""
+    nearest = torch.ops.aten.upsample_nearest2d
+    return program.run_decompositions(get_decompositions([nearest.vec, nearest.default]))
+
+
+def onnx_runner(path: Path) -> Run:
+    """The file in onnxruntime on the CPU, with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given = dict(zip(INPUTS, (images.numpy(), sizes.numpy()), strict=True))
+        scores, labels, boxes = (np.asarray(x) for x in session.run(OUTPUTS, given))
+        return torch.from_numpy(scores), torch.from_numpy(labels), torch.from_numpy(boxes)
+
+    return run
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without a logger's remarks on what the exporter does."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
