@@ -38,30 +38,52 @@ def fused_deformable_attention(
     queries, heads, levels, points = sampling_offsets.shape[1:5]
     channels = value.shape[3]
     wide = accumulation_dtype(value.dtype)
-    samples, offsets = value.to(wide), sampling_offsets.to(wide)
     reference = reference_points.to(wide)[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
+    if reference_points.shape[-1] == 2:
+        # `torch.tensor` knows no symbolic numbers.
+        sides = [side for height, width in spatial_shapes for side in (width, height)]
+        units = 1 / torch.cat([value.new_full((1,), side, dtype=wide) for side in sides])
+        units = units.view(levels, 1, 2)
+    else:
+        units = reference[..., 2:] / (2 * points)
+    grids = 2 * (reference[..., :2] + sampling_offsets.to(wide) * units) - 1
+    grids = grids.transpose(1, 2).flatten(0, 1)  # [N M, Q, L, K, 2]
     weights = attention_logits.to(wide).softmax(-1).unflatten(-1, (levels, points))
-    weights = weights.transpose(1, 2).flatten(0, 1)  # [N M, Q, L, K]
-    summed = None
+    weights = weights.transpose(1, 2).flatten(0, 1)[:, None]  # [N M, 1, Q, L, K]
+    images = value.to(wide).permute(0, 2, 3, 1).flatten(0, 1)  # [N M, D, S]
+
+    output = None
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):
-        at, offset = reference[:, :, :, level], offsets[:, :, :, level]
-        if reference_points.shape[-1] == 2:
-            x = at[..., 0] + offset[..., 0] / width
-            y = at[..., 1] + offset[..., 1] / height
-        else:
-            x = at[..., 0] + offset[..., 0] / points * at[..., 2] / 2
-            y = at[..., 1] + offset[..., 1] / points * at[..., 3] / 2
-        grid = 2 * torch.stack((x, y), dim=-1) - 1  # [N, Q, M, K, 2]
-        tokens = samples[:, start : start + height * width]
+        image = images[:, :, start : start + height * width].unflatten(-1, (height, width))
         start += height * width
-        image = tokens.permute(0, 2, 3, 1).reshape(-1, channels, height, width)
-        sampled = grid_sample(image, grid.transpose(1, 2).flatten(0, 1), align_corners=False)
-        part = (sampled * weights[:, None, :, level]).sum(-1)  # [N M, D, Q]
-        summed = part if summed is None else summed + part
-    assert summed is not None
-    output = summed.unflatten(0, (-1, heads)).permute(0, 3, 1, 2)  # [N, Q, M, D]
+        sampled = grid_sample(image, grids[:, :, level], align_corners=False)  # [N M, D, Q, K]
+        part = (sampled * weights[:, :, :, level]).sum(-1)
+        output = part if output is None else output + part
+    assert output is not None
+    output = output.unflatten(0, (-1, heads)).permute(0, 3, 1, 2)  # [N, Q, M, D]
     return output.reshape(-1, queries, heads * channels).to(value.dtype)
+
+
+def nearest(
+    input: Tensor, size: Sequence[int], mode: str = "nearest", align_corners: None = None
+) -> Tensor:
+    """`torch.nn.functional.interpolate` to the nearest neighbour, by index: the same cell for every
+    size. ONNX's Resize divides by the inverse ratio in float32 and is off by one at every twelfth.
+
+    Args:
+        input: [N, C, H, W].
+        size: (h, w) of the result.
+
+    Returns:
+        [N, C, h, w].
+    """
+    assert mode == "nearest"
+    rows, columns = (
+        (torch.arange(new, dtype=torch.float32, device=input.device) * (old / new)).long()
+        for old, new in zip(input.shape[-2:], size, strict=True)
+    )
+    return input[:, :, rows][:, :, :, columns]
 
 
 def modulated_deform_conv2d(

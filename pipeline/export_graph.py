@@ -71,6 +71,7 @@ def exported(detector: Detector) -> ExportedProgram:
         torch.no_grad(),
         replaced(attention, "fused_deformable_attention", standard.fused_deformable_attention),
         replaced(backbone, "modulated_deform_conv2d", standard.modulated_deform_conv2d),
+        replaced(torch.nn.functional, "interpolate", standard.nearest),
     ):
         return torch.export.export(
             PixelsToDetections(model).eval(),

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch._decomp import get_decompositions
-from torch.export import ExportedProgram
 
 from pipeline.export_check import Run
 from pipeline.export_graph import exported
@@ -24,17 +22,20 @@ INPUTS, OUTPUTS = ["images", "sizes"], ["scores", "labels", "boxes"]
 def write_onnx(detector: Detector, path: Path) -> None:
     """One file, weights and metadata included. Raises `UserError` as `exported` does."""
     import onnx
+    from onnxscript.optimizer import fold_constants
 
     with _silent("torch.onnx"):
         program = torch.onnx.export(
-            _exact_resizing(exported(detector)),
+            exported(detector),
             dynamo=True,
+            optimize=False,  # its search for patterns takes minutes, and onnxruntime has its own
             opset_version=OPSET,
             input_names=INPUTS,
             output_names=OUTPUTS,
             verbose=False,
         )
     assert program is not None
+    fold_constants(program.model)
     proto = program.model_proto
     for node in proto.graph.node:  # else each says at which line of which file it was traced
         node.ClearField("metadata_props")
@@ -50,13 +51,6 @@ def write_onnx(detector: Detector, path: Path) -> None:
     proto.producer_name = "deformable-detr-pipeline"
     onnx.helper.set_model_props(proto, metadata(detector))
     onnx.save(proto, path)
-
-
-def _exact_resizing(program: ExportedProgram) -> ExportedProgram:
-    """Nearest neighbours by index. ONNX's Resize divides by the inverse ratio in float32 and picks
-    another cell than torch at every twelfth size (docs/export.md)."""
-    nearest = torch.ops.aten.upsample_nearest2d
-    return program.run_decompositions(get_decompositions([nearest.vec, nearest.default]))
 
 
 def onnx_runner(path: Path) -> Run:
