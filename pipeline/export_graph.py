@@ -5,6 +5,8 @@ N batch, H x W padded size, P detections of an image.
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +69,7 @@ def exported(detector: Detector) -> ExportedProgram:
     side = smallest_side(config)
     images = torch.zeros(2, 3, side + 32, side + 64, dtype=torch.uint8)
     sizes = torch.tensor([[side + 32, side + 64], [side, side]])
-    with (
-        torch.no_grad(),
-        replaced(attention, "fused_deformable_attention", standard.fused_deformable_attention),
-        replaced(backbone, "modulated_deform_conv2d", standard.modulated_deform_conv2d),
-        replaced(torch.nn.functional, "interpolate", standard.nearest),
-    ):
+    with torch.no_grad(), standard_operators():
         return torch.export.export(
             PixelsToDetections(model).eval(),
             (images, sizes),
@@ -80,6 +77,17 @@ def exported(detector: Detector) -> ExportedProgram:
             # A guard would name a bound on sums of quotients of sizes, which no `Dim` can say.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+
+
+@contextmanager
+def standard_operators() -> Iterator[None]:
+    """Our models call no operator of this repository's, for a while."""
+    with (
+        replaced(attention, "fused_deformable_attention", standard.fused_deformable_attention),
+        replaced(backbone, "modulated_deform_conv2d", standard.modulated_deform_conv2d),
+        replaced(torch.nn.functional, "interpolate", standard.nearest),
+    ):
+        yield
 
 
 def smallest_side(config: ModelConfig) -> int:

@@ -22,6 +22,7 @@ INPUTS, OUTPUTS = ["images", "sizes"], ["scores", "labels", "boxes"]
 def write_onnx(detector: Detector, path: Path) -> None:
     """One file, weights and metadata included. Raises `UserError` as `exported` does."""
     import onnx
+    import onnx_ir.passes.common as passes
     from onnxscript.optimizer import fold_constants
 
     with _silent("torch.onnx"):
@@ -36,20 +37,27 @@ def write_onnx(detector: Detector, path: Path) -> None:
         )
     assert program is not None
     fold_constants(program.model)
+    passes.CommonSubexpressionEliminationPass()(program.model)
+    passes.RemoveUnusedNodesPass()(program.model)
     proto = program.model_proto
     for node in proto.graph.node:  # else each says at which line of which file it was traced
         node.ClearField("metadata_props")
     proto.graph.ClearField("value_info")
-    names: dict[str, str] = {}
-    images = proto.graph.input[0].type.tensor_type.shape.dim
-    for axis, name in ((0, "batch"), (2, "height"), (3, "width")):
-        names[images[axis].dim_param] = name
+    pairs = proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    number, integer = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    described = {
+        "images": (onnx.TensorProto.UINT8, ["batch", 3, "height", "width"]),
+        "sizes": (integer, ["batch", 2]),
+        "scores": (number, ["batch", pairs]),
+        "labels": (integer, ["batch", pairs]),
+        "boxes": (number, ["batch", pairs, 4]),
+    }
     for value in (*proto.graph.input, *proto.graph.output):
-        for size in value.type.tensor_type.shape.dim:
-            if size.dim_param:
-                size.dim_param = names[size.dim_param]
+        kind, shape = described[value.name]
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, shape))
     proto.producer_name = "deformable-detr-pipeline"
     onnx.helper.set_model_props(proto, metadata(detector))
+    onnx.checker.check_model(proto)
     onnx.save(proto, path)
 
 
