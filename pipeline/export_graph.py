@@ -34,8 +34,8 @@ class PixelsToDetections(nn.Module):
         self.model = model
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", 255 * torch.tensor(MEAN)[:, None, None])
-        self.register_buffer("std", 255 * torch.tensor(STD)[:, None, None])
+        self.register_buffer("mean", torch.tensor([255 * x for x in MEAN])[:, None, None])
+        self.register_buffer("std", torch.tensor([255 * x for x in STD])[:, None, None])
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images [N, 3, H, W] uint8 RGB; sizes [N, 2] int64, (height, width) of each image, which
