@@ -58,9 +58,7 @@ def read_safetensors(path: Path) -> Detector:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
     try:
         config = RunConfig.from_json(texts["config"])
-        labels = Labels(
-            tuple(json.loads(texts["category_ids"])), tuple(json.loads(texts["names"]))
-        )
+        labels = Labels(tuple(json.loads(texts["category_ids"])), tuple(json.loads(texts["names"])))
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} is not an export of this repository: {error}") from None
     model = build_model(config.model)

@@ -24,7 +24,7 @@ def tiny(name: str, **changes: object) -> RunConfig:
     config = recipe(name)
     shape = {"num_classes": 4, "num_queries": 12, "encoder_layers": 1, "decoder_layers": 2}
     augment = replace(config.augment, val_short_side=0, max_side=160)
-    return replace(config, model=replace(config.model, **shape, **changes), augment=augment)
+    return replace(config, model=replace(config.model, **shape | changes), augment=augment)
 
 
 def lively(config: RunConfig) -> torch.nn.Module:
@@ -35,6 +35,12 @@ def lively(config: RunConfig) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             if "offsets" in name:
                 parameter.normal_(0, 0.3)
+            elif name == "query_embed":
+                parameter.normal_(0, 3.0)
+            elif name.endswith("_proj.weight"):  # else all of a DETR's queries look everywhere
+                parameter.normal_(
+                    0, 0.3 if parameter.dim() == 4 else 6 * parameter.shape[-1] ** -0.5
+                )
             elif not name.startswith("backbone."):
                 scale = 0.3 if name.endswith("bias") else 1.5 * parameter.shape[-1] ** -0.5
                 parameter.normal_(0, scale if parameter.dim() < 4 else 0.02)
@@ -87,9 +93,19 @@ def expected(model: torch.nn.Module, images: list[Tensor]) -> list[dict[str, Ten
 def assert_same(
     found: tuple[Tensor, Tensor, Tensor], wanted: list[dict[str, Tensor]], atol: float = 1e-4
 ) -> None:
-    """Equal rank by rank: `lively` models have no two pairs of one score."""
+    """Each detection is in both, at nearly its rank: near ties may change places.
+
+    All pairs of a query and a class are among the detections of these small models, so none can
+    fall out at the end of the list.
+    """
     for scores, labels, boxes, one in zip(*found, wanted, strict=True):
-        assert (one["scores"].diff() < -1e-6).all()
         torch.testing.assert_close(scores, one["scores"], atol=atol, rtol=0)
-        torch.testing.assert_close(boxes, one["boxes"], atol=atol, rtol=0)
-        assert torch.equal(labels, one["labels"])
+        assert one["scores"].max() - one["scores"].min() > 0.005
+        assert one["boxes"].std(0).min() > 5e-4  # places differ, so they can be told apart
+        far = torch.maximum(
+            (boxes[:, None] - one["boxes"]).abs().amax(-1),
+            (scores[:, None] - one["scores"]).abs(),
+        )
+        far = far.masked_fill(labels[:, None] != one["labels"], torch.inf)
+        assert far.amin(0).max() <= atol
+        assert far.amin(1).max() <= atol

@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.pipeline.export_cases import LABELS, assert_same, expected, lively, padded, pictures, tiny
+from tests.pipeline.export_cases import (
+    LABELS,
+    assert_same,
+    expected,
+    lively,
+    padded,
+    pictures,
+    tiny,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pipeline import export_check
@@ -14,16 +22,10 @@ from pipeline.export_graph import PixelsToDetections, exported, smallest_side, s
 from pipeline.predict import Detector
 
 VARIANTS = [
-    ("deformable_detr_r50_demo", {}),
-    ("deformable_detr_r50_refine_demo", {}),
     ("deformable_detr_r50_two_stage_demo", {}),
-    ("deformable_detr_r50_single_scale_demo", {}),
+    ("deformable_detr_r50_refine_demo", {"neck": "fpn", "level_exchange": False}),
+    ("deformable_detr_r50_demo", {"backbone": "tiny_dcn", "neck": "bifpn", "num_levels": 5}),
     ("deformable_detr_r50_single_scale_dc5_demo", {}),
-    ("deformable_detr_r50_demo", {"backbone": "tiny_dcn"}),
-    ("deformable_detr_r50_demo", {"neck": "fpn"}),
-    ("deformable_detr_r50_demo", {"neck": "bifpn"}),
-    ("deformable_detr_r50_demo", {"level_exchange": False}),
-    ("deformable_detr_r50_demo", {"num_levels": 5}),
     ("detr_r50_demo", {}),
     ("detr_r50_dc5_plus_demo", {}),
 ]
