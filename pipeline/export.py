@@ -11,7 +11,6 @@ from pipeline.export_check import check
 from pipeline.export_onnx import onnx_runner, write_onnx
 from pipeline.export_torch import (
     archive_runner,
-    read_safetensors,
     write_archive,
     write_safetensors,
 )

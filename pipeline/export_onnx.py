@@ -63,7 +63,7 @@ def write_onnx(detector: Detector, path: Path) -> None:
 
 def onnx_runner(path: Path) -> Run:
     """The file in onnxruntime on the CPU, with as many threads as torch has."""
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -38,7 +38,7 @@ class Contender:
     best first. Boxes and labels are computed along."""
 
 
-def detector_of(target: str, device: str, precision: Any) -> Detector:
+def detector_of(target: str, device: Any, precision: Any) -> Detector:
     """A checkpoint's, or a recipe's with the weights that training starts from.
 
     Raises `UserError` for what is neither.
@@ -73,16 +73,16 @@ def require(name: str, detector: Detector) -> None:
 
 
 def build_contender(name: str, detector: Detector) -> Contender:
-    """`name` with the detector's weights. Raises `UserError` for a model that it has no room for."""
+    """`name` with the detector's weights. Raises `UserError` for a model that it does not know."""
     if name == "ours":
         return _ours(detector)
     if name == "transformers":
         return _transformers(detector)
     if name == "torch":
-        run = exported(detector).module()
+        run: Callable[..., Any] = exported(detector).module()
         what = "the graph of `export --format torch`, run by torch"
     else:
-        import onnxruntime
+        import onnxruntime  # type: ignore[import-untyped]
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "detector.onnx"
