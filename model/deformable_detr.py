@@ -87,7 +87,7 @@ class DeformableDETR(nn.Module):
             references, position, content = first.references, first.position, first.content
             outputs["enc_outputs"] = {"pred_logits": first.logits, "pred_boxes": first.boxes}
         else:
-            references, position, content = self._learned_queries(len(images))
+            references, position, content = self._learned_queries(images.shape[0])
 
         predictions = []
         for index, layer in enumerate(self.decoder):

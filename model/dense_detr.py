@@ -97,7 +97,7 @@ class DenseDETR(nn.Module):
         for layer in self.encoder:
             memory = self._run(layer, memory, position, padding)
 
-        queries = self.query_embed.expand(len(images), -1, -1)
+        queries = self.query_embed.expand(images.shape[0], -1, -1)
         content = torch.zeros_like(queries)
         keys = memory + position
         predictions = []

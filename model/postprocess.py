@@ -23,12 +23,24 @@ def postprocess(outputs: dict[str, Any], sizes: Tensor, top: int = 100) -> list[
     """
     if "proposals" in outputs:
         return detections(outputs, sizes, top)
-    logits = full_precision(outputs["pred_logits"])
-    softmax = outputs.get("classification") == "softmax"
-    scores = logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
-    batch, queries, classes = scores.shape
+    batch = len(outputs["pred_logits"])
     if tuple(sizes.shape) != (batch, 2):
         raise ValueError(f"sizes: got shape {tuple(sizes.shape)}, expected ({batch}, 2)")
+    scores, labels, boxes = best_pairs(outputs, top)
+    height, width = sizes.to(boxes).unbind(1)
+    boxes = boxes * torch.stack((width, height, width, height), dim=1)[:, None]
+    return [
+        {"scores": s, "labels": c, "boxes": b}
+        for s, c, b in zip(scores, labels, boxes, strict=True)
+    ]
+
+
+def best_pairs(outputs: dict[str, Any], top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`postprocess` of a set prediction as tensors of the batch: scores [N, top], labels [N, top]
+    int64, and boxes [N, top, 4] as (x0, y0, x1, y1) in shares of the image's width and height."""
+    softmax = outputs.get("classification") == "softmax"
+    scores = class_scores(outputs)
+    queries, classes = scores.shape[1:]
     if softmax:
         classwise = scores.max(-1)
         best = classwise.values.topk(min(top, queries), dim=1)
@@ -37,10 +49,11 @@ def postprocess(outputs: dict[str, Any], sizes: Tensor, top: int = 100) -> list[
         best = scores.flatten(1).topk(min(top, queries * classes), dim=1)
         query, labels = best.indices // classes, best.indices % classes
     boxes = cxcywh_to_xyxy(full_precision(outputs["pred_boxes"]))
-    boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
-    height, width = sizes.to(boxes).unbind(1)
-    boxes = boxes * torch.stack((width, height, width, height), dim=1)[:, None]
-    return [
-        {"scores": s, "labels": c, "boxes": b}
-        for s, c, b in zip(best.values, labels, boxes, strict=True)
-    ]
+    return best.values, labels, boxes.gather(1, query[..., None].expand(-1, -1, 4))
+
+
+def class_scores(outputs: dict[str, Any]) -> Tensor:
+    """Probabilities [N, Q, classes] of a set prediction, without the column for no object."""
+    logits = full_precision(outputs["pred_logits"])
+    softmax = outputs.get("classification") == "softmax"
+    return logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()

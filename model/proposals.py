@@ -5,6 +5,7 @@ N batch, S tokens, Q queries kept, C model width.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
@@ -51,12 +52,17 @@ class ProposalStage(nn.Module):
     ) -> Proposals:
         """memory [N, S, C]; base [N, S, 4] box logits and usable [N, S, 1] of the proposals.
 
-        An image with fewer than `num_queries` tokens gives a query for each of them.
+        An image with fewer than `num_queries` tokens gives a query for each of them; an exported
+        graph, whose number of queries is fixed, refuses it.
         """
         tokens = self.memory_norm(self.memory_proj(memory.masked_fill(~usable, 0.0)))
         logits = class_head(tokens)
         box_logits = box_head(tokens) + base
-        kept = min(self.num_queries, tokens.shape[1])
+        if torch.compiler.is_exporting():
+            kept = self.num_queries
+            torch._check(tokens.shape[1] >= kept)
+        else:
+            kept = min(self.num_queries, tokens.shape[1])
         best = logits[..., 0].topk(kept, dim=1).indices
         best_boxes = box_logits.detach().gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
         encoded = encode_boxes(best_boxes, self.width).to(memory.dtype)

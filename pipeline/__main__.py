@@ -4,6 +4,7 @@ import sys
 
 from pipeline.cli import Command, main
 from pipeline.commands.benchmark import run_benchmark_data, run_benchmark_step
+from pipeline.commands.benchmark_predict import run_benchmark_predict
 from pipeline.commands.describe import run_describe, run_recipes
 from pipeline.commands.evaluate import run_evaluate
 from pipeline.commands.export import run_export
@@ -17,10 +18,11 @@ COMMANDS = {
     "evaluate": Command(run_evaluate, "COCO numbers of a checkpoint, and where its errors are"),
     "predict": Command(run_predict, "objects in image files: COCO JSON, CSV and pictures"),
     "visualize": Command(run_visualize, "what a checkpoint looks at, in pictures"),
-    "export": Command(run_export, "a checkpoint for the transformers library"),
+    "export": Command(run_export, "a checkpoint as ONNX, a torch archive, for transformers, …"),
     "replay": Command(run_replay, "take a step of a run again"),
     "benchmark-step": Command(run_benchmark_step, "time a training step, beside others"),
     "benchmark-data": Command(run_benchmark_data, "time decoding to batching, beside others"),
+    "benchmark-predict": Command(run_benchmark_predict, "time prediction, beside others"),
     "describe": Command(run_describe, "parameters, multiply-adds and memory of recipes"),
     "recipes": Command(run_recipes, "list the named experiments"),
 }

@@ -1,49 +1,52 @@
-"""A trained checkpoint as a folder that another library loads."""
+"""A trained checkpoint in a form that runs without this repository."""
 
-import json
+import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from model.transformers_weights import save_for_transformers
-from pipeline.config import AugmentConfig
-from pipeline.data.batch import MEAN, STD
 from pipeline.errors import UserError
+from pipeline.export_check import check
+from pipeline.export_onnx import onnx_runner, write_onnx
+from pipeline.export_torch import (
+    archive_runner,
+    write_archive,
+    write_safetensors,
+)
+from pipeline.export_transformers import write_for_transformers
 from pipeline.predict import Detector
 
+Format = Literal["onnx", "torch", "safetensors", "transformers"]
+_WRITERS: dict[Format, tuple[str, Callable[[Detector, Path], None]]] = {
+    "onnx": (".onnx", write_onnx),
+    "torch": (".pt2", write_archive),
+    "safetensors": (".safetensors", write_safetensors),
+    "transformers": ("", write_for_transformers),
+}
+_RUNNERS = {"onnx": onnx_runner, "torch": archive_runner}
 
-def export_for_transformers(checkpoint: Path, output: Path) -> None:
-    """Writes weights, configuration with class names, and what images must be made into, so that
-    both the model and its image processor load by `from_pretrained(output)`.
 
-    Raises `UserError` for a checkpoint that cannot be read, a model that transformers has no
-    counterpart of, or a folder that is there already.
+def export(checkpoint: Path, kind: Format, output: Path, say: Callable[[str], None]) -> None:
+    """Writes `output`, a new file or for transformers a new folder, once it has been checked.
+
+    The file of a graph is run and compared with the checkpoint, each result told to `say`. Raises
+    `UserError` for a checkpoint that cannot be read, a model that the format has no room for, an
+    `output` that is there already or has another suffix, or a comparison that fails; nothing is
+    left behind then.
     """
+    suffix, write = _WRITERS[kind]
     if output.exists():
-        raise UserError(f"--output: {str(output)!r} exists already, expected a new folder")
+        expected = "a new file" if suffix else "a new folder"
+        raise UserError(f"--output: {str(output)!r} exists already, expected {expected}")
+    if suffix and output.suffix != suffix:
+        raise UserError(f"--output: got {str(output)!r}, expected a name ending in {suffix}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: folder {str(output.parent)!r} does not exist")
     detector = Detector.load(checkpoint, "cpu")
-    names = [name or f"LABEL_{column}" for column, name in enumerate(detector.labels.names)]
-    try:
-        save_for_transformers(detector.model, output, names)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    dense = detector.config.model.architecture == "detr"
-    processor = _image_processor(detector.config.augment, dense)
-    text = json.dumps(processor, indent=2) + "\n"
-    (output / "preprocessor_config.json").write_text(text, encoding="utf-8")
-
-
-def _image_processor(augment: AugmentConfig, dense: bool) -> dict[str, object]:
-    """The evaluation's transform in transformers' words."""
-    size = {"shortest_edge": augment.val_short_side, "longest_edge": augment.max_side}
-    return {
-        "image_processor_type": f"{'Detr' if dense else 'DeformableDetr'}ImageProcessor",
-        "format": "coco_detection",
-        "do_resize": augment.val_short_side > 0,
-        **({"size": size} if augment.val_short_side > 0 else {}),
-        "resample": 2,  # bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": MEAN,
-        "image_std": STD,
-        "do_pad": True,
-    }
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as aside:
+        made = Path(aside) / output.name
+        write(detector, made)
+        if kind in _RUNNERS:
+            check(detector, _RUNNERS[kind](made), say)
+        os.replace(made, output)

@@ -1,113 +1,198 @@
-"""`export`: transformers loads a checkpoint's folder, image processor and all, and finds the same
-objects in an image."""
+"""`export` to files: they detect what the checkpoint does, also where this repository is not."""
 
-from dataclasses import asdict, replace
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from safetensors.torch import save_file
 
-from model.detr import build_model
-from model.postprocess import postprocess
-from pipeline.__main__ import COMMANDS
-from pipeline.cli import main
-from pipeline.config import RunConfig
-from pipeline.data.augment import Example, resize_for_evaluation
-from pipeline.data.batch import collate
-from pipeline.data.labels import Labels
-from pipeline.recipes import recipe
+from pipeline import export as export_module
+from pipeline.errors import UserError
+from pipeline.export_torch import read_safetensors
+from pipeline.predict import Detector
+from tests.pipeline.export_cases import (
+    LABELS,
+    assert_same,
+    checkpoint,
+    expected,
+    export,
+    padded,
+    pictures,
+    tiny,
+)
 
-LABELS = Labels((-1, 1, 2, -1), ("", "cat", "dog", ""))
-
-
-def small(name: str, **augment: object) -> RunConfig:
-    config = recipe(name)
-    return replace(
-        config,
-        model=replace(
-            config.model, num_classes=4, num_queries=20, hidden_dim=64, num_heads=4,
-            encoder_layers=1, decoder_layers=2, feedforward_dim=64,
-        ),
-        augment=replace(config.augment, **augment),
-    )  # fmt: skip
+ROOT = Path(__file__).parents[2]
+BATCHES = ([(97, 131)], [(64, 90)], [(128, 100), (77, 160)], [(120, 121), (120, 66)])
 
 
-def checkpoint(config: RunConfig, path: Path) -> torch.nn.Module:
-    """Writes model.pt of random weights with which different boxes get different scores."""
-    torch.manual_seed(1)
-    model = build_model(config.model).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("backbone."):
-                scale = 0.3 if name.endswith("bias") else 1.5 * parameter.shape[-1] ** -0.5
-                parameter.normal_(0, scale if parameter.dim() < 4 else 0.02)
-    content = {"model": model.state_dict(), "config": config.to_json(), "labels": asdict(LABELS)}
-    torch.save({**content, "progress": {}}, path)
-    return model
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkpoint's model, and the folder of its files."""
+    folder = tmp_path_factory.mktemp("exported")
+    # One level is traced several times as fast; test_export_graph.py has them all.
+    config = tiny(
+        "deformable_detr_r50_single_scale_demo", two_stage=True, num_queries=4, decoder_layers=1
+    )
+    model = checkpoint(config, folder / "model.pt")
+    for kind, suffix in (("onnx", "onnx"), ("torch", "pt2"), ("safetensors", "safetensors")):
+        output = folder / f"detector.{suffix}"
+        assert export(folder / "model.pt", "--format", kind, "--output", output) == 0
+    assert {path.name for path in folder.iterdir()} == {
+        "model.pt", "detector.onnx", "detector.pt2", "detector.safetensors",
+    }  # fmt: skip
+    return model, folder
 
 
-def export(*arguments: object) -> int:
-    return main("python -m pipeline", "", COMMANDS, ["export", *map(str, arguments)])
+def test_onnx_at_several_sizes_with_padding(made):
+    model, folder = made
+    session = onnxruntime.InferenceSession(folder / "detector.onnx")
+    for seed, shapes in enumerate(BATCHES):
+        images = pictures(*shapes, seed=seed)
+        batch, sizes = padded(images, colour=77)
+        found = session.run(None, {"images": batch.numpy(), "sizes": sizes.numpy()})
+        assert_same(tuple(map(torch.from_numpy, found)), expected(model, images))
 
 
-@pytest.mark.parametrize("name", ["deformable_detr_r50_two_stage", "detr_r50"])
-def test_the_same_detections_from_the_same_picture(name, tmp_path, capsys):
-    # Where the longer side is at its limit, transformers' rounding can give a pixel more.
-    config = small(name, val_short_side=128, max_side=333)
-    ours = checkpoint(config, tmp_path / "model.pt")
-    assert export("--checkpoint", tmp_path / "model.pt", "--output", tmp_path / "out") == 0
-    assert str(tmp_path / "out") in capsys.readouterr().out
-
-    generator = torch.Generator().manual_seed(2)
-    coarse = torch.randint(0, 256, (1, 3, 9, 7), generator=generator, dtype=torch.uint8)
-    pixels = torch.nn.functional.interpolate(coarse, size=(90, 70))[0]  # [3, 90, 70]
-    example = Example(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    resized = resize_for_evaluation(example, config.augment)
-    batch = collate([resized], [{"id": 1, "height": 90, "width": 70}])
-    with torch.no_grad():
-        outputs = ours(batch.normalized_images(), batch.padding_mask)
-    expected = postprocess(outputs, batch.sizes)[0]
-
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
-    theirs = AutoModelForObjectDetection.from_pretrained(tmp_path / "out").eval()
-    inputs = processor(Image.fromarray(pixels.permute(1, 2, 0).numpy()), return_tensors="pt")
-    assert inputs["pixel_values"].shape == batch.images.shape
-    with torch.no_grad():
-        found = processor.post_process_object_detection(
-            theirs(**inputs), threshold=0.0, target_sizes=[(90, 70)]
-        )[0]
-    assert theirs.config.id2label == {0: "LABEL_0", 1: "cat", 2: "dog", 3: "LABEL_3"}
-    order = found["scores"].argsort(descending=True)[: len(expected["scores"])]
-    torch.testing.assert_close(found["scores"][order], expected["scores"], atol=2e-3, rtol=0)
-    best = expected["scores"].argmax()
-    torch.testing.assert_close(found["boxes"][order[0]], expected["boxes"][best], atol=0.2, rtol=0)
-    assert found["labels"][order[0]] == expected["labels"][best]
+def test_onnx_says_what_it_is(made):
+    _, folder = made
+    proto = onnx.load(folder / "detector.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    assert {(opset.domain, opset.version) for opset in proto.opset_import} == {("", 18)}
+    assert {node.domain for node in proto.graph.node} == {""}
+    assert not proto.functions
+    session = onnxruntime.InferenceSession(folder / "detector.onnx")
+    described = {v.name: (v.type, v.shape) for v in session.get_inputs() + session.get_outputs()}
+    assert described == {
+        "images": ("tensor(uint8)", ["batch", 3, "height", "width"]),
+        "sizes": ("tensor(int64)", ["batch", 2]),
+        "scores": ("tensor(float)", ["batch", 16]),
+        "labels": ("tensor(int64)", ["batch", 16]),
+        "boxes": ("tensor(float)", ["batch", 16, 4]),
+    }
+    facts = session.get_modelmeta().custom_metadata_map
+    facts = {name: json.loads(text) for name, text in facts.items()}
+    assert facts["names"] == list(LABELS.names)
+    assert facts["category_ids"] == list(LABELS.category_of)
+    assert facts["mean"] == [0.485, 0.456, 0.406]
+    assert (facts["short_side"], facts["max_side"], facts["smallest_side"]) == (0, 160, 64)
+    assert facts["config"]["model"]["num_queries"] == 4
+    assert facts["version"] == "0.1.0"
+    assert str(ROOT).encode() not in (folder / "detector.onnx").read_bytes()
 
 
-def test_images_that_are_not_resized_stay_so(tmp_path):
-    config = small("deformable_detr_r50_single_scale", val_short_side=0)
-    checkpoint(config, tmp_path / "model.pt")
-    assert export("--checkpoint", tmp_path / "model.pt", "--output", tmp_path / "out") == 0
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
-    inputs = processor(Image.new("RGB", (61, 47), (124, 116, 104)), return_tensors="pt")
-    assert inputs["pixel_values"].shape == (1, 3, 47, 61)
-    assert inputs["pixel_values"].abs().max() < 0.02  # ImageNet's mean colour
+def test_the_torch_archive_needs_nothing_of_ours(made, tmp_path):
+    model, folder = made
+    batches = [pictures(*shapes, seed=seed) for seed, shapes in enumerate(BATCHES)]
+    torch.save([padded(images, colour=77) for images in batches], tmp_path / "inputs.pt")
+    script = f"""
+import json, sys, torch
+assert not any("{ROOT}" in path for path in sys.path)
+extra = {{"metadata.json": ""}}
+module = torch.export.load({str(folder / "detector.pt2")!r}, extra_files=extra).module()
+assert json.loads(extra["metadata.json"])["names"] == ["", "cat", "dog", ""]
+with torch.no_grad():
+    torch.save([module(*inputs) for inputs in torch.load("inputs.pt")], "outputs.pt")
+ours = {{"cuda_ops", "model", "pipeline", "torchvision"}} & set(sys.modules)
+assert not ours, ours
+"""
+    subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True, timeout=600)
+    outputs = torch.load(tmp_path / "outputs.pt")
+    for images, found in zip(batches, outputs, strict=True):
+        assert_same(found, expected(model, images))
+
+
+def test_safetensors_there_and_back(made, tmp_path):
+    model, folder = made
+    detector = read_safetensors(folder / "detector.safetensors")
+    assert detector.labels == LABELS
+    assert detector.config.model == Detector.load(folder / "model.pt", "cpu").config.model
+    state = detector.model.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value)
+
+    (tmp_path / "torn").write_bytes((folder / "detector.safetensors").read_bytes()[:1000])
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    for name, words in (("torn", "cannot be read"), ("foreign", "not an export")):
+        with pytest.raises(UserError, match=words):
+            read_safetensors(tmp_path / name)
+
+
+def test_the_script_in_the_docs(made, tmp_path, monkeypatch):
+    model, folder = made
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    script = text.split("```python\n", 1)[1].split("```", 1)[0]
+    assert "onnxruntime" in script
+    image = pictures((97, 131))[0]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "street.jpg", format="PNG")
+    (tmp_path / "r50.onnx").write_bytes((folder / "detector.onnx").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, object] = {}
+    exec(script, variables)
+
+    wanted = expected(model, [image])[0]
+    kept = wanted["scores"] > 0.3
+    assert kept.sum() > 3
+    found = variables["found"]
+    assert isinstance(found, list)
+    names = sorted(LABELS.names[column] for column in wanted["labels"][kept].tolist())
+    assert sorted(name for name, _, _ in found) == names
+    np.testing.assert_allclose([score for _, score, _ in found], wanted["scores"][kept], atol=1e-4)
+    corners = wanted["boxes"][kept].numpy() * [131, 97, 131, 97]
+    for _, _, box in found:
+        assert np.abs(corners - box).max(1).min() < 0.02
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    checkpoint(recipe("demo"), tmp_path / "demo.pt")
-    (tmp_path / "there").mkdir()
-    for arguments, words in (
-        (("--checkpoint", "/none", "--output", tmp_path / "out"), "'/none' does not exist"),
-        (("--checkpoint", tmp_path / "demo.pt", "--output", tmp_path / "out"), "ResNet"),
-        (("--checkpoint", "/none", "--output", tmp_path / "there"), "exists already"),
-        (("--checkpoint", "/none", "--output", "x", "--format", "onnx"), "onnx"),
+    config = tiny("faster_rcnn_r50_fpn_demo")
+    checkpoint(config, tmp_path / "rcnn.pt")
+    checkpoint(tiny("deformable_detr_r50_demo"), tmp_path / "tiny.pt")
+    (tmp_path / "there.onnx").write_bytes(b"")
+    for source, kind, output, words in (
+        ("/none", "onnx", "out.onnx", "'/none' does not exist"),
+        ("/none", "onnx", "there.onnx", "exists already"),
+        ("/none", "onnx", "out.pt2", "ending in .onnx"),
+        ("/none", "torch", "out", "ending in .pt2"),
+        ("/none", "safetensors", "none/out.safetensors", "does not exist"),
+        ("rcnn.pt", "onnx", "out.onnx", "faster_rcnn"),
+        ("rcnn.pt", "torch", "out.pt2", "faster_rcnn"),
+        ("rcnn.pt", "transformers", "out", "FasterRCNN"),
+        ("tiny.pt", "transformers", "out", "ResNet"),
+        ("tiny.pt", "tflite", "out", "tflite"),
     ):
-        assert export(*arguments) == 2
+        before = sorted(tmp_path.iterdir())
+        assert export(tmp_path / source, "--format", kind, "--output", tmp_path / output) == 2
         said = capsys.readouterr()
         assert said.out == ""
         assert len(said.err.splitlines()) == 1
         assert words in said.err
-    assert not (tmp_path / "out").exists()
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_that_disagrees_is_not_kept(tmp_path, capsys, monkeypatch):
+    checkpoint(tiny("deformable_detr_r50_single_scale_demo"), tmp_path / "model.pt")
+
+    def write(detector, path):
+        path.write_bytes(b"graph")
+
+    def runner(path):
+        assert path.read_bytes() == b"graph"
+        return lambda images, sizes: (
+            torch.full((len(images), 48), 0.5),
+            torch.zeros(len(images), 48, dtype=torch.int64),
+            torch.zeros(len(images), 48, 4),
+        )
+
+    monkeypatch.setitem(export_module._WRITERS, "onnx", (".onnx", write))
+    monkeypatch.setitem(export_module._RUNNERS, "onnx", runner)
+    output = tmp_path / "out.onnx"
+    assert export(tmp_path / "model.pt", "--format", "onnx", "--output", output) == 2
+    assert "does not agree with the checkpoint" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
