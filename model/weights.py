@@ -223,12 +223,16 @@ def _rows_of_in_proj(key: str, name: str, value: Tensor, width: int) -> Tensor:
 
 
 def _compare_keys(got: Iterable[str], expected: set[str]) -> None:
-    missing, unexpected = sorted(expected - set(got)), sorted(set(got) - expected)
+    missing, unexpected = sorted(expected - set(got)), sorted(map(_on_a_line, set(got) - expected))
     if missing or unexpected:
         raise ValueError(
             f"state dict: missing keys: {', '.join(missing) or 'none'}; "
             f"unexpected keys: {', '.join(unexpected) or 'none'}"
         )
+
+
+def _on_a_line(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _copy_into(module: nn.Module, values: dict[str, Tensor]) -> None:

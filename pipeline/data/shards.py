@@ -25,7 +25,8 @@ REMEDY = "make one with: python -m data_prep convert --images DIR --annotations 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it lies in a shard: the encoded bytes, and its COCO records unchanged."""
+    """One image as it lies in a shard: the encoded bytes, and its COCO records, of which the
+    image's has `width` and `height` in any case."""
 
     image_bytes: bytes
     image: dict[str, Any]
@@ -78,8 +79,8 @@ class ShardSet:
         file = self._open(int(self.shard[index]))
         data = os.pread(file, int(self.length[index]), int(self.offset[index]))
         try:
-            return _parse(data)
-        except (tarfile.TarError, ValueError, RecursionError) as error:
+            return _parse(data, *self.size[index].tolist())
+        except ValueError as error:
             raise UserError(
                 f"{self.folder}/{self.shard_names[int(self.shard[index])]}: no sample at byte "
                 f"{int(self.offset[index])}, where its manifest has one ({error}); copy it again "
@@ -105,8 +106,9 @@ class ShardSet:
         return {**self.__dict__, "_files": OrderedDict()}
 
 
-def _parse(data: bytes) -> Sample:
-    """The two members of a piece of a tar. Raises `ValueError` and tarfile's errors.
+def _parse(data: bytes, width: int, height: int) -> Sample:
+    """The two members of a piece of a tar; the image record takes the size in pixels from the
+    manifest, where it has none. Raises `ValueError`.
 
     Headers are read one by one: `tarfile.open` would also follow links, sparse maps and extended
     headers, which no shard has and a damaged one may seem to have.
@@ -114,7 +116,10 @@ def _parse(data: bytes) -> Sample:
     contents: dict[str, bytes] = {}
     position = 0
     while position < len(data):
-        header = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "utf-8", "replace")
+        try:
+            header = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "utf-8", "replace")
+        except tarfile.TarError as error:
+            raise ValueError(f"not a tar: {error}") from None
         start = position + BLOCK
         if not header.isreg() or not 0 <= header.size <= len(data) - start:
             raise ValueError(f"{header.name[:60]!r} is not a file of this size")
@@ -123,7 +128,10 @@ def _parse(data: bytes) -> Sample:
         position = start + -(-header.size // BLOCK) * BLOCK
     if contents.keys() != {"json", "image"}:
         raise ValueError(f"got {sorted(contents)}, expected an image and a JSON member")
-    record = json.loads(contents["json"])
+    try:
+        record = json.loads(contents["json"])
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     if not (
         isinstance(record, dict)
         and isinstance(record.get("image"), dict)
@@ -132,6 +140,7 @@ def _parse(data: bytes) -> Sample:
         and all(isinstance(annotation, dict) for annotation in record["annotations"])
     ):
         raise ValueError("its JSON does not hold an image with an id and a list of annotations")
+    record["image"].update(width=width, height=height)
     return Sample(contents["image"], record["image"], record["annotations"])
 
 
