@@ -167,11 +167,11 @@ def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
     headers, which no shard has and a damaged one may seem to have."""
     position = 0
     while position < len(data):
-        try:
-            block = data[position : position + BLOCK]
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.EOFHeaderError:  # an empty block: what follows is padding
+        block = data[position : position + BLOCK]
+        if not block.strip(b"\0"):  # what follows is padding
             return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.TarError as error:
             raise ValueError(f"not a tar: {error}") from None
         start = position + BLOCK

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def from_python(path: Path) -> Grid:
 
 def place(error: Exception, path: Path) -> str:
     """Where in the file it was raised: "line 3: "."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
     return f"line {lines[-1]}: " if lines else ""
 
 

@@ -12,6 +12,7 @@ import re
 import reprlib
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +72,13 @@ def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any
 
 def _save(content: Any, file: Path) -> None:
     with file.open("wb") as opened:  # by a path, torch would hide why it cannot write
-        torch.save(content, opened)
+        try:
+            torch.save(content, opened)
+        except RuntimeError as error:
+            # Its writer is closed after a write that failed, and complains of its own position.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         opened.flush()
         os.fsync(opened.fileno())
 
@@ -161,7 +168,9 @@ def load_model(path: Path) -> dict[str, Any]:
             f"its checkpoints/, or a model.pt"
         )
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickles in other protocols
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind trips the reader in every way there is
         raise UserError(f"{file} cannot be read as a checkpoint: {why_unread(error)}") from None
     if not isinstance(content, dict) or "model" not in content:
@@ -214,16 +223,18 @@ def _misshapen(content: dict[str, Any]) -> str:
 
 def _best_or_newest(run: Path) -> Path:
     """The best checkpoint of a run folder, the newest where there is no best that is intact."""
-    best = run / "best.json"
+    best, said = run / "best.json", ""
     if best.exists():
         path = run / "checkpoints" / _named_best(best)
         problem = check(path)
         if problem is None:
             return path
-        print(f"the best checkpoint {path.name} is passed over: {problem}", file=sys.stderr)
+        said = f"the best checkpoint {path.name} is passed over: {problem}"
     newest = newest_intact(run, lambda _: None)
     if newest is None:
-        raise UserError(f"run folder {run} holds no intact checkpoint")
+        raise UserError(f"run folder {run} holds no intact checkpoint" + (said and f"; {said}"))
+    if said:
+        print(said, file=sys.stderr)
     return newest
 
 

@@ -162,6 +162,8 @@ def default_cache() -> Path:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
+    if folder.is_file():
+        raise UserError(f"shard folder: {folder} is a file, expected the folder of a manifest.json")
     if not folder.is_dir():
         raise UserError(f"shard folder {str(folder)!r} does not exist; {REMEDY} --output {folder}")
     if not path.exists():

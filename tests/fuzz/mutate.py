@@ -1,5 +1,6 @@
 """Damage to valid files, drawn from a seeded generator: bytes, JSON trees, zips, pickles."""
 
+import copy
 import gzip
 import io
 import json
@@ -76,7 +77,7 @@ def changed_tree(random: Random, tree: Any) -> Any:
         elif kind == 2 and isinstance(holder, list):
             holder.insert(key, holder[key])
         else:
-            value = random.choice(HOSTILE)
+            value = copy.deepcopy(random.choice(HOSTILE))  # it may be changed in its turn
             if holder.__class__ is dict and key == "" and holder.get("") is tree:
                 return value
             holder[key] = value

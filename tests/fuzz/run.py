@@ -77,9 +77,13 @@ def fuzz(reader: Reader, count: int, seed: int, marker: Path) -> Tally:
         child = os.fork()
         if not child:
             os.close(ours)
-            with os.fdopen(theirs, "w") as pipe:
-                read_in_child(reader, range(first, count), seed, marker, pipe)
-            os._exit(0)
+            status = 1
+            try:
+                with os.fdopen(theirs, "w") as pipe:
+                    read_in_child(reader, range(first, count), seed, marker, pipe)
+                status = 0
+            finally:
+                os._exit(status)
         os.close(theirs)
         with os.fdopen(ours) as pipe:
             for line in pipe:
