@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.error_table.files import COMMAND_LINES, JSON, PATHS, SHARDS
 from tests.error_table.place import Mistake, Said, contents, make_place, run
@@ -22,6 +23,10 @@ SECTIONS = {
 }
 MISTAKES = [(section, mistake) for section, ones in SECTIONS.items() for mistake in ones]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
+WITHOUT_A_GPU = (
+    "a GPU asked for, and none there",
+    "the operators' check on a GPU that is not there",
+)
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
@@ -43,6 +48,8 @@ def shown(line: str, work: Path) -> str:
     line = line.replace(f"{work}/", "").replace(str(work), ".").replace(str(PORT), "8265")
     line = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", "…", line)
     line = re.sub(r"0x[0-9a-f]{6,}|x{100,}", "…", line)
+    # Lists of commands and recipes grow.
+    line = re.sub(r"(\bone of )[\w, .-]+(?=$|; )", r"\1…", line)
     return re.sub(r"/\S*/(?=(libcuda_ops|csrc|cuda_ops/csrc))", "…/", line)
 
 
@@ -59,6 +66,8 @@ def made(mistake: Mistake, place: Path, tmp_path: Path, debug: bool = False) -> 
 
 @pytest.mark.parametrize(("section", "mistake"), MISTAKES, ids=[m.situation for _, m in MISTAKES])
 def test_a_mistake_is_one_line_that_says_what_helps(place, tmp_path, section, mistake):
+    if torch.cuda.is_available() and mistake.situation in WITHOUT_A_GPU:
+        pytest.skip("this machine has a GPU, for want of which the command fails elsewhere")
     said, work = made(mistake, place, tmp_path)
     lines = said.err.splitlines()
     assert len(lines) == 1, said.err
