@@ -183,7 +183,7 @@ def no_head() -> None:
 CHECKPOINTS = [
     Mistake("a file that is no checkpoint", FILE, ("model.pt cannot be read as a checkpoint",),
             "Give a run folder, a checkpoint in it or its model.pt.", text("model.pt", "hello")),
-    Mistake("an empty file", FILE, ("cannot be read as a checkpoint", "the file is empty"),
+    Mistake("an empty checkpoint", FILE, ("cannot be read as a checkpoint", "the file is empty"),
             "Copy it again.", text("model.pt", "")),
     Mistake("a checkpoint cut short", FILE, ("cannot be read", "is it cut short"), "Copy it again.",
             lambda: void(Path("model.pt").write_bytes(MODEL.read_bytes()[:20_000]))),
