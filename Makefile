@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 
-.PHONY: demo test chaos setup check operators lock bench gpu sanitize torch-versions clean
+.PHONY: demo test chaos fuzz setup check operators lock bench gpu sanitize torch-versions clean
 
 demo: setup
 	@$(BIN)/python -m jobs demo
@@ -38,6 +38,12 @@ check: setup
 # Kills at random and cut networks; about half an hour. Its cluster is of this machine alone.
 chaos: setup
 	@$(BIN)/python -m pytest -m chaos
+
+# Damaged files for everything that reads files: 22,000 of them, some minutes on one core.
+FUZZ_INPUTS ?= 22000
+FUZZ_SEED ?= 0
+fuzz: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 
 bench: setup
 	@$(BIN)/python -m cuda_ops benchmark

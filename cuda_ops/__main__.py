@@ -5,28 +5,53 @@ import json
 import os
 import secrets
 import sys
+import traceback
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from cuda_ops import registers
 from cuda_ops.build import BuildError, build
 
+DEBUG = "--debug"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 1 for a failed check, 2 for a mistake."""
-    options = _parser().parse_args(arguments)
+    """Runs one command and returns the exit code: 0, 1 for a failed check or a bug, 2 for a
+    mistake. With `--debug` anywhere in the arguments, or DETR_DEBUG=1 in the environment, the
+    traceback of an error comes before its line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG in words or os.environ.get("DETR_DEBUG") == "1"
+    options = _parser().parse_args([word for word in words if word != DEBUG])
     try:
         return int(options.run(options))
-    except (BuildError, ImportError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        line, status = " ".join(str(error).split()) or type(error).__name__, 2
+        if not isinstance(error, BuildError | ImportError | OSError | ValueError):
+            hint = "" if debug else f" ({DEBUG} shows where)"
+            line = (
+                f"{type(error).__name__}: {line}; this is a bug of ours: docs/errors.md says "
+                f"where to report it{hint}"
+            )
+            status = 1
+        print(f"error: {line}", file=sys.stderr)
+        return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake in the options is one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cuda_ops", description=__doc__)
+    parser = _Parser(prog="python -m cuda_ops", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="build|check|benchmark")
 
     command = _command(
@@ -86,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: "argparse._SubParsersAction[_Parser]",
     name: str,
     description: str,
     example: str,

@@ -2,6 +2,8 @@
 
 # Worker processes import this file again, under another name, and need nothing of it.
 if __name__ == "__main__":
+    import sys
+
     from data_prep.cli import main
 
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -4,8 +4,10 @@ import contextlib
 import difflib
 import functools
 import io
+import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from itertools import dropwhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +18,7 @@ from data_prep.checks import report, summary_table
 from data_prep.convert import REPORT
 from data_prep.convert import convert as convert_shards
 from data_prep.export import export as export_annotations
+from data_prep.machine_errors import in_a_line
 from data_prep.parallel import default_workers
 from data_prep.split import TRAIN, VAL
 from data_prep.split import split as split_annotations
@@ -24,6 +27,7 @@ from data_prep.synthesize import synthesize as draw_data_set
 from data_prep.verify import DAMAGE
 from data_prep.verify import verify as verify_shards
 
+DEBUG = "--debug"
 WORKERS = default_workers()
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 AnyFolder = Annotated[str, tyro.conf.arg(metavar="DIR|URL")]
@@ -223,18 +227,16 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
     return chosen
 
 
-def parse() -> Callable[[], None]:
-    """What the command line asks for. A mistake in it is one line and exit status 2."""
+def parse(argv: list[str]) -> Callable[[], None]:
+    """What the command line asks for. A mistake in it raises ValueError."""
     commands = {
         c.__name__: _deferred(c) for c in (synthesize, convert, export, split, verify, stats)
     }
-    given = sys.argv[1] if len(sys.argv) > 1 else ""
+    given = argv[0] if argv else ""
     if given and not given.startswith("-") and given not in commands:
         nearest = difflib.get_close_matches(given, commands, n=1, cutoff=0.4)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
-        print(f"error: unknown command {given!r}: {hint}expected one of {', '.join(commands)}",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(2)
+        raise ValueError(f"unknown command {given!r}: {hint}expected one of {', '.join(commands)}")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -242,11 +244,12 @@ def parse() -> Callable[[], None]:
                 commands,
                 prog="python -m data_prep",
                 description="COCO-format data to WebDataset shards and back.",
+                args=argv,
             )
     except SystemExit as stop:
-        if stop.code:
-            print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
-        raise
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(said.getvalue())) from None
 
 
 def _one_line(panel: str) -> str:
@@ -268,14 +271,37 @@ def _is_rule(row: str) -> bool:
     return len(row) > 2 and set(row) <= {"─", "-"}
 
 
-def main() -> None:
-    """Run a subcommand; a user's mistake is one line on stderr and exit status 2."""
-    run = parse()
+def main(argv: Sequence[str]) -> int:
+    """Runs a subcommand and returns the exit status: 0, 2 after a user's mistake or where the
+    machine fails, 1 after any other failure, which is a bug; 130 where it was interrupted.
+
+    Either is one line on stderr; with `--debug` anywhere in `argv`, or DETR_DEBUG=1 in the
+    environment, its traceback comes before.
+    """
+    debug = DEBUG in argv or os.environ.get("DETR_DEBUG") == "1"
     try:
-        run()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parse([word for word in argv if word != DEBUG])()
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        line, status = _told(error)
+        hint = "" if debug or status == 2 else f" ({DEBUG} shows where)"
+        print(f"error: {' '.join(line.splitlines())}{hint}", file=sys.stderr)
+        return status
+    return 0
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """What went wrong, and the exit status."""
+    if isinstance(error, OSError):
+        return in_a_line(error), 2
+    if isinstance(error, ValueError):
+        return str(error), 2
+    said = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"{type(error).__name__}: {said}; this is a bug of ours: docs/errors.md says where to "
+        f"report it"
+    ), 1

@@ -115,7 +115,7 @@ def read_coco(path: Path, ordered: OrderedMap = map, origin: Location = "") -> C
             digest.update(block)
             decoder.decode(block, final=start + _BLOCK >= len(data))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{origin} is not JSON in UTF-8: {error}") from None
+        raise ValueError(f"{origin} is not JSON in UTF-8: {_encoding(data[:4], error)}") from None
     reader = _Reader(path, origin, data, ordered)
     try:
         reader.read()
@@ -125,6 +125,15 @@ def read_coco(path: Path, ordered: OrderedMap = map, origin: Location = "") -> C
     except RecursionError:
         raise ValueError(f"{origin} is not in COCO format: it is nested too deeply") from None
     return reader.finish(digest.hexdigest())
+
+
+def _encoding(beginning: bytes, error: UnicodeDecodeError) -> str:
+    """What the file is instead, as far as its first bytes tell."""
+    if beginning.startswith(b"\x1f\x8b"):
+        return "it is gzipped; unpack it with gunzip"
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it is in UTF-16; convert it with iconv -f utf-16 -t utf-8"
+    return str(error)
 
 
 def category_ids(categories: Any, origin: str) -> list[int]:

@@ -94,6 +94,8 @@ def read_manifest(shards: Location) -> Manifest:
 def _inconsistency(manifest: Manifest) -> str | None:
     """Why a manifest cannot be right, judged by itself."""
     samples, shards = manifest.samples, manifest.shards
+    if type(manifest.num_images) is not int or type(manifest.num_annotations) is not int:
+        return "num_images and num_annotations must be whole numbers"
     if not isinstance(samples, dict) or set(samples) != set(COLUMNS):
         return f"samples must have the columns {', '.join(COLUMNS)}"
     for name, column in samples.items():

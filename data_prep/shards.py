@@ -3,7 +3,6 @@
 Members carry no time, owner or mode of the machine, so equal data gives equal bytes.
 """
 
-import io
 import json
 import os
 import tarfile
@@ -84,18 +83,18 @@ def read_sample(data: bytes) -> Sample:
     (image_name, image), (json_name, encoded) = members
     key, _, extension = image_name.partition(".")
     if json_name != f"{key}.json" or not extension:
-        raise ValueError(f"{image_name} is followed by {json_name}, expected {key}.json")
+        raise ValueError(f"{image_name!r} is followed by {json_name!r}, expected {key + '.json'!r}")
     try:
         record = json.loads(encoded)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{json_name} is not JSON: {error}") from None
+        raise ValueError(f"{json_name!r} is not JSON: {error}") from None
     if not (
         isinstance(record, dict)
         and isinstance(record.get("image"), dict)
         and isinstance(record.get("annotations"), list)
         and all(isinstance(annotation, dict) for annotation in record["annotations"])
     ):
-        raise ValueError(f"{json_name} does not hold an image and its annotations")
+        raise ValueError(f"{json_name!r} does not hold an image and its annotations")
     return Sample(key, extension, image, record)
 
 
@@ -110,7 +109,7 @@ def read_record(descriptor: int, offset: int, length: int) -> bytes:
     start += member_length(size)
     json_name, size = _read_header(descriptor, start)
     if json_name != f"{name.partition('.')[0]}.json" or start + member_length(size) != end:
-        raise ValueError(f"{name} is followed by {json_name} of {size} bytes")
+        raise ValueError(f"{name!r} is followed by {json_name!r} of {size} bytes")
     return os.pread(descriptor, size, start + BLOCK)
 
 
@@ -164,12 +163,21 @@ def record_length(image: Lengths, annotations: Lengths, count: Lengths) -> Lengt
 
 
 def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for info in tar:
-                content = tar.extractfile(info)
-                if content is None:
-                    raise ValueError(f"{info.name} is not a plain file")
-                yield info.name, content.read()
-    except tarfile.TarError as error:
-        raise ValueError(f"not a tar: {error}") from None
+    """Headers are read one by one: `tarfile.open` would also follow links, sparse maps and extended
+    headers, which no shard has and a damaged one may seem to have."""
+    position = 0
+    while position < len(data):
+        block = data[position : position + BLOCK]
+        if not block.strip(b"\0"):  # what follows is padding
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.TarError as error:
+            raise ValueError(f"not a tar: {error}") from None
+        start = position + BLOCK
+        if not info.isreg():
+            raise ValueError(f"{info.name[:60]!r} is not a plain file")
+        if not 0 <= info.size <= len(data) - start:
+            raise ValueError(f"{info.name[:60]!r} of {info.size} bytes does not end in it")
+        yield info.name, data[start : start + info.size]
+        position = start + -(-info.size // BLOCK) * BLOCK

@@ -13,13 +13,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 from jobs.forwarder import LAST_PAUSES, About, Forwarder, Source
-from jobs.group import PERMANENT, Group
+from jobs.group import Group, in_a_line
 from jobs.resources import wants_gpu
 from jobs.spec import SPEC_VARIABLE, JobSpec
 from jobs.summary import summary
 from jobs.tracking import choose_tracking_uri, flat, shown
+from pipeline.cli import DEBUG_VARIABLE, is_expected, tell
 from pipeline.config import RunConfig
 from pipeline.data.loader import micro_batch_size, steps_per_epoch
 from pipeline.dataset import Dataset, open_dataset
@@ -102,9 +104,24 @@ def about(spec: JobSpec, config: RunConfig, dataset: Dataset) -> About:
 def main() -> int:
     try:
         return run(JobSpec.from_json(os.environ[SPEC_VARIABLE]))
-    except (*PERMANENT, OSError) as error:  # OSError: such as a run folder that cannot be made
-        print(f"error: {error}", flush=True)
-        return 2
+    except RayError as error:  # a worker, or its node, that is gone
+        print(f"error: {of_ray(error)}", flush=True)
+        return 1
+    except Exception as error:
+        if not is_expected(error):  # a bug, which may not come again: its traceback in any case
+            os.environ[DEBUG_VARIABLE] = "1"
+        return tell(error, sys.stdout)
+
+
+def of_ray(error: RayError) -> str:
+    """What ended the training, and what helps where it was memory."""
+    line = in_a_line(error)
+    if "low on memory" in line:
+        line += (
+            "; lower --engine.loader-workers or --engine.micro-batch, or put fewer workers on a "
+            "node (--cpus-per-worker)"
+        )
+    return line
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def find_grid(name: str) -> Grid:
     if path.suffix in (".yaml", ".yml", ".py") and path.is_file():
         try:
             return from_python(path) if path.suffix == ".py" else from_yaml(path)
-        except UserError as error:
+        except ValueError as error:  # a UserError, or a number with too many digits to be told
             raise UserError(f"{path}: {error}") from None
     raise UserError(
         f"grid {name!r}: {nearest(name, PAPERS_GRIDS)}expected one of {', '.join(PAPERS_GRIDS)}, "
@@ -58,7 +59,8 @@ def from_python(path: Path) -> Grid:
 
 def place(error: Exception, path: Path) -> str:
     """Where in the file it was raised: "line 3: "."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
     return f"line {lines[-1]}: " if lines else ""
 
 
@@ -116,15 +118,29 @@ def read(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"line {line}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise UserError("nested too deeply, expected two levels") from None
+    except OSError:
+        raise
+    except Exception as error:  # yaml's constructors fail in many ways: dates, numbers, bytes
+        raise UserError(f"not YAML: {(str(error).splitlines() or [''])[0][:200]}") from None
     if not isinstance(content, dict):
         raise UserError(f"got {type(content).__name__}, expected the keys {', '.join(KEYS)}")
     return content
 
 
 class Strict(yaml.SafeLoader):
-    """YAML in which a key given twice is a mistake, rather than the second value the only one."""
+    """YAML in which a key given twice is a mistake, rather than the second value the only one; and
+    so is an alias, by which a few lines would stand for more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"got the alias *{event.anchor}, expected the value itself",
+                event.start_mark,
+            )  # fmt: skip
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

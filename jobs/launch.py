@@ -35,4 +35,11 @@ def finish(client: Any, job_id: str, stop_on_interrupt: bool) -> None:
             stop(client, job_id)
         raise
     if status != "SUCCEEDED":
-        raise UserError(f"job {job_id} ended as {status}; its log is above")
+        said = last_error(client.get_job_logs(job_id))
+        raise UserError(f"job {job_id} ended as {status}{said}; its log is above")
+
+
+def last_error(log: str) -> str:
+    """What the job's driver said last that it ended for, as ": …"; empty where it could not."""
+    told = [line for line in log.splitlines() if line.startswith("error: ")]
+    return f": {told[-1].removeprefix('error: ')}" if told else ""

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from jobs.spec import ROOT, SPEC_VARIABLE, JobSpec
+from pipeline.cli import DEBUG_VARIABLE
 from pipeline.errors import UserError
 
 # What a job does not need of the checkout. The built operators in .build/cuda_ops do travel,
@@ -39,16 +40,39 @@ def connect(address: str) -> Any:
 
     try:
         client = JobSubmissionClient(address)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"no Ray cluster answers at {address!r} ({reason}); give the dashboard's address, such "
-            f"as http://HOST:8265, or leave --address out to run on this machine"
-        ) from None
+    except Exception as error:  # of requests, of Ray, of what answers: whatever is there
+        raise UserError(why_no_cluster(address, error)) from None
+    check_ray_version(address, client._server_ray_version)  # it has no public name (2.60)
     sdk = "ray.dashboard.modules"
     for name in ("ray", f"{sdk}.dashboard_sdk", f"{sdk}.job.sdk"):  # at INFO by now
         logging.getLogger(name).setLevel(logging.WARNING)
     return client
+
+
+def why_no_cluster(address: str, error: Exception) -> str:
+    """The line for what came of asking an address for Ray's Jobs API."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ == "AuthenticationError" or "401" in said or "403" in said:
+        return (
+            f"the Ray cluster at {address!r} wants a token, and got none or another; set "
+            f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's"
+        )
+    return (
+        f"no Ray cluster answers at {address!r} ({said[:200]}); give the dashboard's address, such "
+        f"as http://HOST:8265, or leave --address out to run on this machine"
+    )
+
+
+def check_ray_version(address: str, theirs: str) -> None:
+    """Raises `UserError` where the cluster has another Ray than this machine. A job would get as
+    far as its first worker, and say there what nobody expects."""
+    from ray import __version__ as ours
+
+    if theirs.split(".")[:2] != ours.split(".")[:2]:
+        raise UserError(
+            f"Ray versions: got {theirs} on the cluster at {address!r} and {ours} here, expected "
+            f"the same; start the cluster with ray=={ours}, with the packages of requirements.lock"
+        )
 
 
 def submit(client: Any, spec: JobSpec, name: str, entrypoint: str = "python -m jobs.entry") -> str:
@@ -79,6 +103,7 @@ def submit(client: Any, spec: JobSpec, name: str, entrypoint: str = "python -m j
                 # Seconds from SIGTERM to SIGKILL when the job is stopped; Ray's default is 3.
                 "RAY_JOB_STOP_WAIT_TIME_S": str(round(spec.grace)),
                 **RAY_TRAIN,
+                **{name: os.environ[name] for name in (DEBUG_VARIABLE,) if name in os.environ},
             },
         },
         "metadata": {
@@ -93,7 +118,8 @@ def submit(client: Any, spec: JobSpec, name: str, entrypoint: str = "python -m j
             return client.submit_job(**job)
         except RuntimeError as error:
             if "No available agent" not in str(error):
-                raise
+                said = " ".join(str(error).split())[:300]
+                raise UserError(f"the cluster refuses the job: {said}") from None
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the cluster takes no jobs: no agent was ready in {AGENT_TIMEOUT:.0f} s; "

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -149,7 +150,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Reads data only: a file that would run code when read is refused, with a `ValueError`.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickles in other protocols
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -164,6 +166,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return content
 
 
+OTHER_FORMAT = "it cannot be read; is it cut short, or of another format?"
+
+
 def why_unread(error: Exception) -> str:
     """Why a file is no state dict. torch's own words would propose to run the code in it."""
     named = re.search(r"(?:GLOBAL|whose module) (\S+)", str(error))
@@ -171,7 +176,7 @@ def why_unread(error: Exception) -> str:
         return f"it refers to {named[1]}, and nothing but tensors and plain values is read"
     if "zip archive" in str(error):
         return "the file is cut short or damaged"
-    return "the file is empty" if isinstance(error, EOFError) else "it cannot be read"
+    return "the file is empty" if isinstance(error, EOFError) else OTHER_FORMAT
 
 
 def _official_names(key: str, config: ModelConfig) -> list[str]:
@@ -223,12 +228,16 @@ def _rows_of_in_proj(key: str, name: str, value: Tensor, width: int) -> Tensor:
 
 
 def _compare_keys(got: Iterable[str], expected: set[str]) -> None:
-    missing, unexpected = sorted(expected - set(got)), sorted(set(got) - expected)
+    missing, unexpected = sorted(expected - set(got)), sorted(map(_on_a_line, set(got) - expected))
     if missing or unexpected:
         raise ValueError(
             f"state dict: missing keys: {', '.join(missing) or 'none'}; "
             f"unexpected keys: {', '.join(unexpected) or 'none'}"
         )
+
+
+def _on_a_line(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _copy_into(module: nn.Module, values: dict[str, Tensor]) -> None:

@@ -8,8 +8,11 @@ file. A folder that does not match its manifest is not a checkpoint. Reading exe
 import hashlib
 import json
 import os
+import re
+import reprlib
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from model.weights import why_unread
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
+BEFORE_IT = "remove this checkpoint, and the one before it is taken"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,13 @@ def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any
 
 def _save(content: Any, file: Path) -> None:
     with file.open("wb") as opened:  # by a path, torch would hide why it cannot write
-        torch.save(content, opened)
+        try:
+            torch.save(content, opened)
+        except RuntimeError as error:
+            # Its writer is closed after a write that failed, and complains of its own position.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         opened.flush()
         os.fsync(opened.fileno())
 
@@ -103,11 +113,13 @@ def check(path: Path) -> str | None:
         return f"it has no {MANIFEST}"
     try:
         digests = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"its {MANIFEST} is not JSON ({error})"
+    if not isinstance(digests, dict) or not digests:
+        return f"its {MANIFEST} does not name files with their digests"
     for name, expected in digests.items():
         file = path / name
-        if not file.exists():
+        if "\0" in name or not file.is_file():
             return f"{name} is missing"
         if _sha256(file) != expected:
             return f"{name} is not what was written (SHA-256 differs)"
@@ -116,12 +128,21 @@ def check(path: Path) -> str | None:
 
 def load_progress(path: Path) -> Progress:
     """Raises `UserError` where the checkpoint is of a version with another format."""
-    content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    if content.keys() != set(Progress.__dataclass_fields__):
+    try:
+        content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}/progress.json is damaged: {error}; {BEFORE_IT}") from None
+    fields = Progress.__dataclass_fields__
+    if not isinstance(content, dict) or content.keys() != set(fields):
         raise UserError(
             f"{path} was written by another version of this software; finish the run with that "
             f"one, or start from its weights: --init.weights {path} and another --output"
         )
+    for name, value in content.items():
+        if type(value) is not int and not (name == "best_ap" and type(value) is float):
+            raise UserError(
+                f"{path}/progress.json is damaged: {name} is {value!r:.40}; {BEFORE_IT}"
+            )
     return Progress(**content)
 
 
@@ -147,11 +168,17 @@ def load_model(path: Path) -> dict[str, Any]:
             f"its checkpoints/, or a model.pt"
         )
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickles in other protocols
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind trips the reader in every way there is
         raise UserError(f"{file} cannot be read as a checkpoint: {why_unread(error)}") from None
     if not isinstance(content, dict) or "model" not in content:
         raise UserError(f"{file} is not a model.pt; give the checkpoint's folder or its model.pt")
+    if why := _misshapen(content):
+        raise UserError(
+            f"{file} is not a model.pt of ours: {why}; a published checkpoint is for --init.weights"
+        )
     return content
 
 
@@ -171,19 +198,60 @@ def load_plain(path: Path) -> dict[str, Any] | None:
     return load_training(folder).get("weights")
 
 
+def _misshapen(content: dict[str, Any]) -> str:
+    """What a model.pt lacks, judged by itself; empty where it lacks nothing."""
+    weights, labels = content["model"], content.get("labels")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
+        return "its model is not a dict of tensors"
+    if not isinstance(content.get("config"), str):
+        return "it has no config"
+    columns, names = (
+        (labels.get("category_of"), labels.get("names")) if isinstance(labels, dict) else ([], [])
+    )
+    if (
+        not isinstance(columns, list | tuple)
+        or not isinstance(names, list | tuple)
+        or not 0 < len(columns) == len(names)
+        or not all(type(column) is int for column in columns)
+        or not all(isinstance(name, str) for name in names)
+    ):
+        return "its labels are not a list of category ids and one of names"
+    return ""
+
+
 def _best_or_newest(run: Path) -> Path:
     """The best checkpoint of a run folder, the newest where there is no best that is intact."""
-    best = run / "best.json"
+    best, said = run / "best.json", ""
     if best.exists():
-        path: Path = run / "checkpoints" / json.loads(best.read_text())["checkpoint"]
+        path = run / "checkpoints" / _named_best(best)
         problem = check(path)
         if problem is None:
             return path
-        print(f"the best checkpoint {path.name} is passed over: {problem}", file=sys.stderr)
+        said = f"the best checkpoint {path.name} is passed over: {problem}"
     newest = newest_intact(run, lambda _: None)
     if newest is None:
-        raise UserError(f"run folder {run} holds no intact checkpoint")
+        raise UserError(f"run folder {run} holds no intact checkpoint" + (said and f"; {said}"))
+    if said:
+        print(said, file=sys.stderr)
     return newest
+
+
+def _named_best(file: Path) -> str:
+    """The checkpoint that best.json names."""
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))["checkpoint"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}); give a checkpoint itself, such "
+            f"as {file.parent}/checkpoints/step-…"
+        ) from None
+    if not isinstance(name, str) or not re.fullmatch(r"step-\d+", name):
+        raise UserError(
+            f"{file} is damaged: its checkpoint is {reprlib.repr(name)}, expected step-…"
+        )
+    return name
 
 
 def prune(folder: Path, keep: int, kept_steps: Collection[int]) -> None:

@@ -7,8 +7,9 @@ Every field can be overridden on the command line, for example
 import dataclasses
 import hashlib
 import json
+import reprlib
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -229,8 +230,13 @@ class RunConfig:
     @staticmethod
     def from_json(text: str) -> "RunConfig":
         """The config that `to_json` wrote. A field that an older version did not have yet takes its
-        default; an unknown one raises ValueError."""
-        return _from_dict(RunConfig, json.loads(text), "config")
+        default; an unknown one, or a value of another type, raises ValueError."""
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"config: not JSON ({error})") from None
+        config: RunConfig = _from_dict(RunConfig, content, "config")
+        return config
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: neither where the data lies (it has a digest of its own) nor
@@ -247,19 +253,66 @@ class RunConfig:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
+def _from_dict(cls: type, values: Any, where: str) -> Any:
     """A dataclass from nested dictionaries, as JSON gives them (lists stand for tuples)."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: got {_short(values)}, expected an object with its fields")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(
-            f"{where}: got {', '.join(unknown)}, expected fields of this version only; "
+            f"{where}: got {', '.join(unknown)[:100]}, expected fields of this version only; "
             f"it was written by a newer one"
         )
-    arguments = {}
-    for name, value in values.items():
-        kind = fields[name].type
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            value = _from_dict(kind, value, f"{where}.{name}")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
+    absent = [
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if absent:
+        raise ValueError(f"{where}: got no {', '.join(absent)}, expected it")
+    kinds = get_type_hints(cls)
+    arguments = {
+        name: _from_dict(kinds[name], value, f"{where}.{name}")
+        if dataclasses.is_dataclass(kinds[name])
+        else _of_kind(kinds[name], value, f"{where}.{name}")
+        for name, value in values.items()
+    }
     return cls(**arguments)
+
+
+def _of_kind(kind: Any, value: Any, where: str) -> Any:
+    """The value of a field of that type; lists become tuples. Raises ValueError for another."""
+    if get_origin(kind) is Literal:
+        # By type, too: True equals 1.
+        if not any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
+            choices = ", ".join(map(str, get_args(kind)))
+            raise ValueError(f"{where}: got {_short(value)}, expected one of {choices}")
+        return value
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        many = inner[-1] is ...
+        if not isinstance(value, list | tuple) or not (many or len(value) == len(inner)):
+            expected = "a list" if many else f"a list of {len(inner)}"
+            raise ValueError(f"{where}: got {_short(value)}, expected {expected}")
+        return tuple(
+            _of_kind(inner[0] if many else inner[i], item, f"{where}[{i}]")
+            for i, item in enumerate(value)
+        )
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        return value
+    if type(value) is not kind or (kind is int and abs(value) >= 2**63):
+        raise ValueError(f"{where}: got {_short(value)}, expected {NAMES_OF_KINDS[kind]}")
+    return value
+
+
+NAMES_OF_KINDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+}  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    """A value in a message: a part of it where it is long or deep."""
+    return reprlib.repr(value)

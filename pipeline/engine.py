@@ -99,6 +99,36 @@ def naming_timeouts(seconds: float) -> Iterator[None]:
         raise Unreachable(f"rank {rank}: {what}; the same command goes on ({first})") from error
 
 
+@contextmanager
+def naming_memory(shape: tuple[int, ...]) -> Iterator[None]:
+    """Makes a `UserError` of a pass that needed more memory than there is, with what to lower.
+
+    shape: of the micro-batch's images, [N, 3, H, W].
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and "DefaultCPUAllocator: can't allocate memory" not in str(error):
+            raise
+        images, _, height, width = shape
+        ways = ["--model.activation-checkpointing", "a smaller --augment.max-side"]
+        if images > 1:
+            pixels = images * height * width // 2
+            ways = [
+                f"--engine.micro-batch {images // 2}",
+                f"--engine.max-padded-pixels {pixels} (the same run goes on with either)",
+                *ways,
+            ]
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        raise UserError(
+            f"out of memory on the {'GPU' if on_gpu else 'CPU'}"
+            + (f", where {asked[1]} more were asked for," if asked else "")
+            + f" at a micro-batch of {' x '.join(map(str, shape))} (images x channels x height x "
+            f"width); use {', or '.join(ways)}"
+        ) from error
+
+
 def end_with_torchrun() -> None:
     """Has this process killed when its torchrun dies.
 

@@ -84,9 +84,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if not is_ours(state):
                 return state, {}
         content = load_model(path)
-    except ValueError as error:
+        theirs = json.loads(content["config"])["model"]
+    except (ValueError, RecursionError) as error:
         raise UserError(f"init.weights: {error}") from None
-    return content["model"], json.loads(content["config"])["model"]
+    except (KeyError, TypeError):
+        raise UserError(f"init.weights {path}: its config names no model; is it damaged?") from None
+    if not isinstance(theirs, dict):
+        raise UserError(f"init.weights {path}: its config names no model; is it damaged?")
+    return content["model"], theirs
 
 
 def is_ours(state: Mapping[str, Tensor]) -> bool:

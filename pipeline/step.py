@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.bad_step import LossCheck, Place
 from pipeline.checkpoint_store import Progress
 from pipeline.data.batch import Batch
-from pipeline.engine import seed_step
+from pipeline.engine import naming_memory, seed_step
 from pipeline.on_host import OnHost
 from pipeline.run import Run
 
@@ -44,9 +44,10 @@ def take_step(run: Run, progress: Progress, micro_batches: list[Batch], save: bo
     checks, computed = [], []
     for i, batch in enumerate(micro_batches):
         check = LossCheck(place, run.state.engine.module, batch, num_boxes)
-        outputs = run.state.engine(batch.normalized_images(), batch.padding_mask)
-        losses = check.losses(run.criterion, outputs)
-        run.state.updater.backward(losses["loss"] / passes, last=i == passes - 1)
+        with naming_memory(tuple(batch.images.shape)):
+            outputs = run.state.engine(batch.normalized_images(), batch.padding_mask)
+            losses = check.losses(run.criterion, outputs)
+            run.state.updater.backward(losses["loss"] / passes, last=i == passes - 1)
         checks.append(check)
         computed.append(losses)
     said = [check.save() for check in checks if check.problem()]

@@ -42,7 +42,10 @@ def attempt(url: str, work: Callable[[], T]) -> T:
         try:
             return work()
         except PERMANENT as error:
-            raise UserError(f"{url} cannot be read: {_line(error)}") from None
+            said = _line(error)
+            if isinstance(error, FileNotFoundError):  # of HTTP also where nobody answers
+                said = "nothing is there, or nobody answers; check the URL and the network"
+            raise UserError(f"{url} cannot be read: {said}") from None
         except Exception as error:  # every kind of storage has its own for what may pass
             if number == ATTEMPTS - 1:
                 raise UserError(

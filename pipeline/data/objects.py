@@ -4,9 +4,11 @@
 annotation is left aside.
 """
 
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any
+
+LARGEST = sys.float_info.max
 
 
 def objects(
@@ -14,7 +16,12 @@ def objects(
 ) -> list[dict[str, Any]]:
     """The annotations with a box of four finite numbers and one of the `categories`."""
     known = set(categories)
-    return [a for a in annotations if a.get("category_id") in known and _has_box(a)]
+    return [a for a in annotations if _has_category(a, known) and _has_box(a)]
+
+
+def _has_category(annotation: dict[str, Any], known: set[int]) -> bool:
+    category = annotation.get("category_id")
+    return isinstance(category, int | float) and category in known
 
 
 def _has_box(annotation: dict[str, Any]) -> bool:
@@ -22,5 +29,6 @@ def _has_box(annotation: dict[str, Any]) -> bool:
     return (
         isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
+        # NaN is no less than anything; a whole number may be beyond the floats.
+        and all(isinstance(v, int | float) and abs(v) <= LARGEST for v in box)
     )

@@ -1,8 +1,8 @@
 """Reading of a shard folder: the manifest, and any sample by one positioned read."""
 
-import io
 import json
 import os
+import reprlib
 import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from pipeline.data.cache import ShardCache
 
 FORMAT, VERSION = "coco-webdataset", 1
+COLUMNS = ("shard", "offset", "length", "width", "height", "id", "annotations")
+BLOCK = tarfile.BLOCKSIZE
 MOST_OPEN = 32  # shards of one set in one process
 REMEDY = "make one with: python -m data_prep convert --images DIR --annotations FILE"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it lies in a shard: the encoded bytes, and its COCO records unchanged."""
+    """One image as it lies in a shard: the encoded bytes, and its COCO records, of which the
+    image's has `width` and `height` in any case."""
 
     image_bytes: bytes
     image: dict[str, Any]
@@ -50,8 +53,6 @@ class ShardSet:
         self.shard_names = [shard["name"] for shard in shards]
         self.shard_bytes = [int(shard["bytes"]) for shard in shards]
         self.shard_sizes = [int(shard["samples"]) for shard in shards]
-        if odd := [name for name in self.shard_names if Path(name).name != name]:
-            raise UserError(f"{self.folder}: got a shard named {odd[0]!r}, expected a file name")
         self.cache: ShardCache | None = None
         if remote:
             folder = Path(cache_dir or default_cache()).absolute()
@@ -78,8 +79,8 @@ class ShardSet:
         file = self._open(int(self.shard[index]))
         data = os.pread(file, int(self.length[index]), int(self.offset[index]))
         try:
-            return _parse(data)
-        except (tarfile.TarError, ValueError, KeyError) as error:
+            return _parse(data, *self.size[index].tolist())
+        except ValueError as error:
             raise UserError(
                 f"{self.folder}/{self.shard_names[int(self.shard[index])]}: no sample at byte "
                 f"{int(self.offset[index])}, where its manifest has one ({error}); copy it again "
@@ -105,18 +106,41 @@ class ShardSet:
         return {**self.__dict__, "_files": OrderedDict()}
 
 
-def _parse(data: bytes) -> Sample:
-    """The two members of a piece of a tar. Raises `ValueError` and tarfile's errors."""
+def _parse(data: bytes, width: int, height: int) -> Sample:
+    """The two members of a piece of a tar; the image record takes the size in pixels from the
+    manifest, where it has none. Raises `ValueError`.
+
+    Headers are read one by one: `tarfile.open` would also follow links, sparse maps and extended
+    headers, which no shard has and a damaged one may seem to have.
+    """
     contents: dict[str, bytes] = {}
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as members:
-        for member in members:
-            file = members.extractfile(member)
-            if file is not None:
-                kind = "json" if member.name.endswith(".json") else "image"
-                contents[kind] = file.read()
+    position = 0
+    while position < len(data):
+        try:
+            header = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "utf-8", "replace")
+        except tarfile.TarError as error:
+            raise ValueError(f"not a tar: {error}") from None
+        start = position + BLOCK
+        if not header.isreg() or not 0 <= header.size <= len(data) - start:
+            raise ValueError(f"{header.name[:60]!r} is not a file of this size")
+        kind = "json" if header.name.endswith(".json") else "image"
+        contents[kind] = data[start : start + header.size]
+        position = start + -(-header.size // BLOCK) * BLOCK
     if contents.keys() != {"json", "image"}:
         raise ValueError(f"got {sorted(contents)}, expected an image and a JSON member")
-    record = json.loads(contents["json"])
+    try:
+        record = json.loads(contents["json"])
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if not (
+        isinstance(record, dict)
+        and isinstance(record.get("image"), dict)
+        and type(record["image"].get("id")) is int
+        and isinstance(record.get("annotations"), list)
+        and all(isinstance(annotation, dict) for annotation in record["annotations"])
+    ):
+        raise ValueError("its JSON does not hold an image with an id and a list of annotations")
+    record["image"].update(width=width, height=height)
     return Sample(contents["image"], record["image"], record["annotations"])
 
 
@@ -138,6 +162,8 @@ def default_cache() -> Path:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
+    if folder.is_file():
+        raise UserError(f"shard folder: {folder} is a file, expected the folder of a manifest.json")
     if not folder.is_dir():
         raise UserError(f"shard folder {str(folder)!r} does not exist; {REMEDY} --output {folder}")
     if not path.exists():
@@ -155,11 +181,65 @@ def _parsed(content: bytes, where: str) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         found = (manifest["format"], manifest["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: not a shard manifest ({error}); {REMEDY}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: not a shard manifest ({said}); {REMEDY}") from None
     if found != (FORMAT, VERSION):
-        raise UserError(f"{where}: got format {found}, expected {(FORMAT, VERSION)}; {REMEDY}")
+        raise UserError(
+            f"{where}: got format {reprlib.repr(found)}, expected {(FORMAT, VERSION)}; {REMEDY}"
+        )
+    if why := _inconsistency(manifest):
+        raise UserError(f"{where} is damaged: {why}; copy it again or convert the data anew")
     return manifest
+
+
+def _inconsistency(manifest: dict[str, Any]) -> str:
+    """Why a manifest cannot be right, judged by itself; empty where it can. What it says is then
+    of the right types, and every sample lies within its shard."""
+    shards: Any = manifest.get("shards")
+    columns, categories = manifest.get("samples"), manifest.get("categories")
+    if not isinstance(manifest.get("digest"), str) or not isinstance(manifest.get("header"), dict):
+        return "it has no digest or no header"
+    if not _objects(categories, {"id": int, "name": str}):
+        return "categories must have an id and a name"
+    if not _objects(shards, {"name": str, "bytes": int, "samples": int, "sha256": str}):
+        return "shards must have name, bytes, samples and sha256"
+    if odd := [shard["name"] for shard in shards if not _is_file_name(shard["name"])]:
+        return f"got a shard named {odd[0][:60]!r}, expected a file name"
+    count = sum(shard["samples"] for shard in shards)
+    if not isinstance(columns, dict):
+        return "it has no samples"
+    for name in COLUMNS:
+        column = columns.get(name)
+        if not isinstance(column, list) or len(column) != count:
+            return f"column {name} must have {count} entries"
+        if not all(type(value) is int and -(2**63) <= value < 2**63 for value in column):
+            return f"column {name} must hold whole numbers"
+    of_shards = [i for i, shard in enumerate(shards) for _ in range(shard["samples"])]
+    if columns["shard"] != of_shards:
+        return "the column shard does not match the shards' numbers of samples"
+    for i, offset, length in zip(of_shards, columns["offset"], columns["length"], strict=True):
+        if offset < 0 or length <= 0 or offset + length > shards[i]["bytes"]:
+            return f"{shards[i]['name']} has no sample at bytes {offset}+{length}"
+    if min((*columns["width"], *columns["height"]), default=1) < 1:
+        return "widths and heights must be 1 or more"
+    return ""
+
+
+def _objects(values: Any, kinds: dict[str, type]) -> bool:
+    """Whether it is a list of objects that have these fields, whole numbers none below 0."""
+    return isinstance(values, list) and all(
+        isinstance(value, dict)
+        and all(
+            type(value.get(name)) is kind and (kind is not int or 0 <= value[name] < 2**63)
+            for name, kind in kinds.items()
+        )
+        for value in values
+    )
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and "\0" not in name and name.isprintable()
 
 
 def _check_sizes(folder: Path, shards: list[dict[str, Any]]) -> None:

@@ -135,12 +135,12 @@ def test_a_sample_is_an_image_and_its_json():
     assert (sample.key, sample.extension, sample.image) == ("1", "jpg", b"abc")
     for members, message in (
         (good[:1], "got 1 tar members"),
-        (good[::-1], "followed by 1.jpg"),
-        ((good[0], encode_member("2.json", b"{}")), "expected 1.json"),
+        (good[::-1], "followed by '1.jpg'"),
+        ((good[0], encode_member("2.json", b"{}")), "expected '1.json'"),
         ((good[0], encode_member("1.json", b"{")), "is not JSON"),
         ((good[0], encode_member("1.json", b"[]")), "does not hold an image"),
         ((good[0], encode_member("1.json", b'{"image":{},"annotations":[1]}')), "does not hold"),
-        ((good[0][:700],), "not a tar"),
+        ((good[0][:700],), "got 1 tar members"),
         ((b"x" * 1024,), "not a tar"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -257,7 +257,7 @@ def test_a_cluster_that_is_still_starting_is_waited_for(monkeypatch):
     monkeypatch.setattr("jobs.submit.AGENT_TIMEOUT", 10.0)
     spec = JobSpec(config=recipe("demo").to_json(), folder="/runs/x")
     assert submit(StartingCluster(1), spec, "run") == "run-1"
-    with pytest.raises(RuntimeError, match="disk"):
+    with pytest.raises(UserError, match=r"refuses the job: .*disk"):
         submit(StartingCluster(1, "disk full"), spec, "run")
     assert submit(DroppingCluster(refusals=2), spec, "run") == "run-1"
     dropped = DroppingCluster(refusals=1, takes=True)

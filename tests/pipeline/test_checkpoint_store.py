@@ -26,7 +26,8 @@ from pipeline.tracking import MetricsLog, read_lines
 
 
 def saved(folder, step, **best):
-    model = {"model": {"w": torch.ones(2)}, "step": step}
+    labels = {"category_of": [1], "names": ["cat"]}
+    model = {"model": {"w": torch.ones(2)}, "config": "{}", "labels": labels, "step": step}
     return write(folder, Progress(step, 1, **best), model, {"moments": torch.rand(100)})
 
 

@@ -22,6 +22,7 @@ from pipeline.recipes import recipe
 from pipeline.tracking import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
+LABELS = {"category_of": (1, 2), "names": ("cat", "dog")}
 
 
 def published_checkpoints():
@@ -129,7 +130,7 @@ def test_detr_keeps_its_column_for_no_object(tmp_path):
     )  # fmt: skip
     state = build_model(config).state_dict()
     run = replace(recipe("demo"), model=config)
-    torch.save({"model": state, "config": run.to_json(), "labels": {}}, tmp_path / "model.pt")
+    torch.save({"model": state, "config": run.to_json(), "labels": LABELS}, tmp_path / "model.pt")
     model, said = initial_model(run_config(replace(config, num_classes=9), tmp_path / "model.pt"))
     assert model.heads.classes.weight.shape == (10, 32)
     assert "heads.classes.weight, heads.classes.bias" in said
@@ -152,7 +153,7 @@ def test_faster_rcnn_replaces_classes_and_their_boxes(tmp_path, ours):
     if ours:
         state = build_model(config).state_dict()
         run = replace(recipe("demo"), model=config)
-        content = {"model": state, "config": run.to_json(), "labels": {}}
+        content = {"model": state, "config": run.to_json(), "labels": LABELS}
     else:
         net = torchvision.models.detection.fasterrcnn_resnet50_fpn(
             weights=None, weights_backbone=None
