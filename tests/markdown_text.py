@@ -1,5 +1,6 @@
 """The documentation's Markdown, read by markdown-it: commands, code, links, anchors."""
 
+import itertools
 import re
 import shlex
 import unicodedata
@@ -112,7 +113,7 @@ def links(file: Path) -> Iterator[str]:
 def anchors(file: Path) -> set[str]:
     """Of headings, as GitHub makes them: lower case, spaces to hyphens, punctuation dropped."""
     tokens, found = PARSER.parse(file.read_text(encoding="utf-8")), set()
-    for heading, text in zip(tokens, tokens[1:], strict=False):
+    for heading, text in itertools.pairwise(tokens):
         if heading.type == "heading_open":
             plain = "".join(t.content for t in text.children or ())
             kept = "".join(

@@ -273,7 +273,7 @@ def node(tmp_path: Path) -> Path:
 def environment(node: Path, nodes: int) -> dict[str, str]:
     return {
         **os.environ,
-        "PATH": f"{node}/bin:{os.environ['PATH']}",
+        "PATH": f"{node}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "SLURM_JOB_ID": str(secrets.randbelow(10**7)),
         "SLURM_JOB_NODELIST": "node[1-]",
         "NODES": str(nodes),  # for the stand-in of scontrol
@@ -285,7 +285,7 @@ def environment(node: Path, nodes: int) -> dict[str, str]:
 def until(condition: Callable[[], object], process: subprocess.Popen, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, "the script has ended"
+        assert process.poll() is None, "the script has ended; what it printed is in `log`"
         assert time.monotonic() < deadline, "not in time"
         time.sleep(0.05)
 
@@ -382,8 +382,6 @@ def test_a_job_is_signalled_queued_again_and_finishes(node, drawn):
             ports.append(f"--{name}={free.getsockname()[1]}")
     srun = (node / "bin/srun").read_text().replace('"$@"', f'"$@" {" ".join(ports)}')
     (node / "bin/srun").write_text(srun)
-    for name in ("python", "ray"):
-        (node / "bin" / name).symlink_to(Path(sys.executable).parent / name)
     for package in ("cuda_ops", "jobs", "model", "pipeline", ".build"):
         (node / package).symlink_to(ROOT / package)
     options = (
