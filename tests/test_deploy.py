@@ -1,5 +1,6 @@
 """The files for containers, Kubernetes and Slurm, as far as can be seen without those."""
 
+import contextlib
 import copy
 import json
 import os
@@ -321,12 +322,25 @@ def pretended(node: Path) -> Path:
     return node
 
 
-def start(node: Path, nodes: int, *arguments: str) -> subprocess.Popen:
-    given = arguments or ("deformable_detr_r50", "--output", "/shared/runs/r50")
-    return subprocess.Popen(
-        ["bash", SLURM, *given], cwd=node, env=environment(node, nodes), start_new_session=True,
-        stdout=(node / "log").open("a"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """`start(node, nodes, …)`: the script, which with all it started is ended after the test."""
+    started: list[subprocess.Popen] = []
+
+    def run(node: Path, nodes: int, *arguments: str) -> subprocess.Popen:
+        given = arguments or ("deformable_detr_r50", "--output", "/shared/runs/r50")
+        script = subprocess.Popen(
+            ["bash", SLURM, *given], cwd=node, env=environment(node, nodes),
+            stdout=(node / "log").open("a"), stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        started.append(script)
+        return script
+
+    yield run
+    for script in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGTERM)
+        script.wait(300)
 
 
 def calls(node: Path, *beginning: str) -> list[str]:
@@ -336,7 +350,7 @@ def calls(node: Path, *beginning: str) -> list[str]:
 
 
 @pytest.mark.parametrize("status", [0, 2])
-def test_a_training_that_ends_ends_the_script(pretended, status):
+def test_a_training_that_ends_ends_the_script(pretended, status, start):
     (pretended / "end").write_text(str(status))
     script = start(pretended, 2)
     assert script.wait(120) == status, (pretended / "log").read_text()
@@ -354,13 +368,22 @@ def test_a_training_that_ends_ends_the_script(pretended, status):
     assert submitted.endswith("--no-wait")
 
 
-def test_a_job_of_one_node_starts_no_others(pretended):
+def test_a_head_that_does_not_start_is_told(pretended, start):
+    program(pretended / ".venv/bin/ray", "echo no room >&2; exit 3")
+    program(pretended / ".venv/bin/python", 'if [ "$1" = -c ]; then echo secret; else exit 2; fi')
+    assert start(pretended, 2).wait(120) == 1
+    said = (pretended / "log").read_text()
+    assert "no room" in said
+    assert "error: Ray's head has ended" in said
+
+
+def test_a_job_of_one_node_starts_no_others(pretended, start):
     (pretended / "end").write_text("0")
     assert start(pretended, 1).wait(120) == 0
     assert len(calls(pretended, "srun")) == 1
 
 
-def test_slurms_signal_has_the_training_save_and_queues_the_job_again(pretended):
+def test_slurms_signal_has_the_training_save_and_queues_the_job_again(pretended, start):
     script = start(pretended, 2)
     until(lambda: calls(pretended, "python -m jobs logs"), script, 120)
     script.send_signal(signal.SIGTERM)
@@ -372,8 +395,8 @@ def test_slurms_signal_has_the_training_save_and_queues_the_job_again(pretended)
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(900)
-def test_a_job_is_signalled_queued_again_and_finishes(node, drawn):
+@pytest.mark.timeout(2400)
+def test_a_job_is_signalled_queued_again_and_finishes(node, drawn, start):
     """With Ray and a training, on this machine in place of the first node."""
     ports = []
     for name in ("dashboard-agent-listen-port", "ray-client-server-port"):
@@ -391,14 +414,14 @@ def test_a_job_is_signalled_queued_again_and_finishes(node, drawn):
     )  # fmt: skip
     evaluations = node / "runs/r/evaluations"
     script = start(node, 1, *options)
-    until(lambda: evaluations.is_dir() and any(evaluations.iterdir()), script, 300)
+    until(lambda: evaluations.is_dir() and any(evaluations.iterdir()), script, 900)
     script.send_signal(signal.SIGTERM)
-    assert script.wait(300) == 0, (node / "log").read_text()
+    assert script.wait(600) == 0, (node / "log").read_text()
     assert calls(node, "scontrol requeue")
     steps = [int(x.name.split("-")[1]) for x in (node / "runs/r/checkpoints").glob("step-*")]
     assert 0 < max(steps) < 40 * 3
     script = start(node, 1, *options)
-    assert script.wait(600) == 0, (node / "log").read_text()
+    assert script.wait(900) == 0, (node / "log").read_text()
     assert (node / "runs/r/checkpoints/step-00000120").is_dir()
     begun = [x["step"] for x in read_lines(node / "runs/r/metrics.jsonl") if "step" in x]
     assert begun == sorted(begun)  # none again: it went on where it had saved

@@ -34,9 +34,27 @@ from tests.markdown_text import (
     links,
 )
 
+
+def carried(command: Command) -> Command | None:
+    """The command of ours that another program's line has within it."""
+    words = list(command.words)
+    if words[0] == "sbatch":  # whose script hands its arguments to `jobs submit`
+        script = next(at for at, word in enumerate(words) if word.endswith("train.sh"))
+        assert (ROOT / words[script]).is_file(), command
+        inner = ["python", "-m", "jobs", "submit", *words[script + 1 :], "--no-wait"]
+    elif words[0] in ("docker", "torchrun") and "-m" in words:
+        inner = ["python", *words[words.index("-m") :]]
+    elif words[0] == "kubectl" and "--" in words:
+        inner = words[words.index("--") + 1 :]
+    else:
+        return None
+    return Command(command.file, command.line, tuple(inner))
+
+
 COMMANDS = [command for file in guides() for command in commands(file)]
-OURS = [command for command in COMMANDS if command.door[0]]
 OTHERS = [command for command in COMMANDS if not command.door[0]]
+OURS = [command for command in COMMANDS if command.door[0]]
+OURS += [inner for command in OTHERS if (inner := carried(command))]
 
 # Commands that the scenario below does not run as they are written, and which test runs them.
 ELSEWHERE = {
@@ -57,6 +75,8 @@ LINES_ELSEWHERE = {
     "non_finite": ("only where a loss was not finite", "tests/pipeline/test_bad_step.py"),
     "build --report": ("compiles for a minute", "tests/cuda_ops/test_build_and_door.py"),
     "detr_r50_dc5_plus_demo": ("one training is enough", "tests/pipeline/test_demo_scale.py"),
+    "--model.num-points 8": ("one training is enough", "tests/pipeline/test_demo_scale.py"),
+    "--output /runs/r50": ("one training is enough", "tests/pipeline/test_demo_scale.py"),
     "jobs compare table2": ("needs the grid", "tests/jobs/test_compare_page.py"),
     "jobs compare /shared/grids/mine": ("needs a grid", "tests/jobs/test_compare_page.py"),
 }
@@ -66,7 +86,7 @@ FOREIGN_OPTIONS = {
     "--dashboard-agent-listen-port", "--host", "--metrics-export-port", "--node-manager-port",
     "--num-cpus", "--object-manager-port", "--ray-client-server-port", "--runtime-env-agent-port",
     "--nproc-per-node", "--nodes", "--signal", "--requeue", "--time", "--gres", "--account",
-    "--partition",
+    "--partition", "--gpus-per-node", "--exclusive", "--nodelist", "--nnodes",
 }  # fmt: skip
 
 
@@ -146,7 +166,7 @@ def test_every_other_command_is_of_a_known_program():
     """Ray's, MLflow's, torchrun's and make's are held below; of the rest only the program."""
     checked = {"make", "mlflow", "ray", "torchrun"}
     outside = {"curl", "docker", "export", "ffmpeg", "git", "kubectl", "helm", "pip", "sbatch",
-               "scancel", "ssh"}  # fmt: skip
+               "scancel", "ssh", "srun"}  # fmt: skip
     for command in OTHERS:
         program = command.words[0]
         if program == "python":  # a script of the checkout
@@ -169,13 +189,12 @@ def test_make_has_the_targets():
 def test_torchrun_takes_its_options(only_parse):
     from torch.distributed.run import get_args_parser
 
-    lines = [command for command in OTHERS if command.words[0] == "torchrun"]
+    lines = [command for command in OTHERS if "torchrun" in command.words]
     assert lines
     for command in lines:
-        options, _ = get_args_parser().parse_known_args(list(command.words[1:]))
-        assert options.module, command
-        rest = [options.training_script, *options.training_script_args]
-        assert accepts(Command(command.file, command.line, ("python", "-m", *rest))), command
+        words = list(command.words[command.words.index("torchrun") + 1 :])
+        with pytest.raises(Parsed):
+            get_args_parser().parse_args(words)
 
 
 @pytest.mark.parametrize(
@@ -289,13 +308,10 @@ def elsewhere(command: Command) -> bool:
 
 
 def scenario() -> list[Command]:
-    """Each command line once, trained by torchrun's as well, in an order that works."""
+    """Each command line once, in an order that works."""
     lines = {}
-    for command in COMMANDS:
-        if command.words[0] == "torchrun" and "-m" in command.words:
-            rest = command.words[command.words.index("-m") :]
-            command = Command(command.file, command.line, ("python", *rest))
-        if command.door[0] and not elsewhere(command) and command.door in SCENARIO:
+    for command in OURS:
+        if not elsewhere(command) and command.door in SCENARIO:
             lines.setdefault(command.text, command)
     order = list(SCENARIO)
     return sorted(lines.values(), key=lambda command: order.index(command.door))
@@ -439,6 +455,44 @@ def python_code() -> Iterator[tuple[str, str]]:
             )
             if is_python:
                 yield f"{file.name}:{(block.map or [0])[0] + 1}", text
+
+
+def test_the_variant_of_the_guide_is_a_recipe():
+    made: dict[str, Any] = {}
+    (text,) = [t for where, t in python_code() if where.startswith("extending.md")]
+    exec(compile(text, "docs/extending.md", "exec"), made)
+    config = made["deformable_detr_r50_two_stage_points8"]()
+    assert config.model.num_points == 8
+    assert config.recipe == "deformable_detr_r50_two_stage_points8"
+    assert config.model.two_stage
+
+
+def test_the_shapes_of_the_architecture_page():
+    """Every tensor of a forward of two images, without its numbers, stands in the table."""
+    import torch
+
+    from model.detr import build_model
+    from pipeline.recipes import recipe
+
+    with torch.device("meta"):
+        model = build_model(recipe("deformable_detr_r50").model).eval()
+        seen: list[list[int]] = []
+        for part in (model.backbone, model.neck, model.encoder[-1], model.decoder[-1], model.heads):
+            part.register_forward_hook(lambda _, __, out: seen.extend(shapes(out)))
+        images, mask = torch.zeros(2, 3, 800, 1333), torch.zeros(2, 800, 1333, dtype=torch.bool)
+        model(images, mask)
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    assert len(seen) > 10
+    for shape in [*seen, [2, 3, 800, 1333], [2, 800, 1333]]:
+        assert str(shape) in table
+
+
+def shapes(value: Any) -> list[list[int]]:
+    """Of all tensors in nested lists."""
+    if isinstance(value, list | tuple):
+        return [shape for part in value for shape in shapes(part)]
+    return [list(value.shape)]
 
 
 @pytest.mark.parametrize(("where", "text"), list(python_code()), ids=lambda value: value[:24])

@@ -39,11 +39,8 @@ srun --nodes=1 --ntasks=1 --nodelist="$first" \
     --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$((port + 10000))" \
     --temp-dir "/tmp/ray-$SLURM_JOB_ID" &
 head=$!
-for _ in {1..60}; do
-    if python -m jobs status --address "$address" >/dev/null 2>&1; then
-        break
-    fi
-    kill -0 "$head" || { echo "error: Ray's head has ended; its log is above" >&2; exit 1; }
+until python -m jobs status --address "$address" >/dev/null 2>&1; do
+    kill -0 "$head" 2>/dev/null || { echo "error: Ray's head has ended; its log is above" >&2; exit 1; }
     sleep 2
 done
 others=$((${#nodes[@]} - 1))
