@@ -31,7 +31,8 @@ COPY pipeline pipeline
 COPY jobs jobs
 # `ray`, `mlflow`, `torchrun` and `python` are the environment's.
 ENV PATH=/opt/deformable-detr/.venv/bin:$PATH \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER detr
 VOLUME ["/data", "/runs"]
 CMD ["python", "-m", "pipeline", "recipes"]
