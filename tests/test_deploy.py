@@ -19,7 +19,8 @@ import jsonschema
 import pytest
 import yaml
 
-from jobs.submit import EXCLUDES
+from jobs.cluster import local_cluster
+from jobs.submit import EXCLUDES, connect, follow
 from pipeline.tracking import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -425,3 +426,26 @@ def test_a_job_is_signalled_queued_again_and_finishes(node, drawn, start):
     assert (node / "runs/r/checkpoints/step-00000120").is_dir()
     begun = [x["step"] for x in read_lines(node / "runs/r/metrics.jsonl") if "step" in x]
     assert begun == sorted(begun)  # none again: it went on where it had saved
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+def test_the_entrypoint_of_the_ray_job_trains_from_inside_its_cluster(drawn, tmp_path):
+    """As KubeRay submits it, on a local Ray, with another recipe, data and folders."""
+    (job,) = [content for _, content in OF_RAY if content["kind"] == "RayJob"]
+    words = job["spec"]["entrypoint"].split()
+    at = words.index("--init.backbone")
+    del words[at : at + 2]
+    small = ("--schedule.epochs", "1", "--engine.device", "cpu", "--no-register")
+    with local_cluster() as address:
+        here = {
+            "/opt/deformable-detr": str(ROOT), "deformable_detr_r50": "demo", "4": "2", "8": "1",
+            "http://127.0.0.1:8265": address, "/shared/runs/r50": str(tmp_path / "runs/r50"),
+            "/shared/shards/train": str(drawn.shards / "train"),
+            "/shared/shards/val": str(drawn.shards / "val"),
+        }  # fmt: skip
+        entrypoint = " ".join([*(here.get(word, word) for word in words), *small])
+        client = connect(address)
+        status = follow(client, client.submit_job(entrypoint=entrypoint))
+        assert status == "SUCCEEDED"
+    assert (tmp_path / "runs/r50/best.json").is_file()

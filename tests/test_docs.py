@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import tyro
+import yaml
 
 from tests.markdown_text import (
     DOORS,
@@ -55,6 +56,16 @@ COMMANDS = [command for file in guides() for command in commands(file)]
 OTHERS = [command for command in COMMANDS if not command.door[0]]
 OURS = [command for command in COMMANDS if command.door[0]]
 OURS += [inner for command in OTHERS if (inner := carried(command))]
+RAY_JOB = "deploy/kuberay/job.yaml"
+OURS.append(
+    Command(
+        RAY_JOB,
+        0,
+        command_words(
+            yaml.safe_load((ROOT / RAY_JOB).read_text())["spec"]["entrypoint"].split(" && ")[1]
+        ),
+    )
+)
 
 # Commands that the scenario below does not run as they are written, and which test runs them.
 ELSEWHERE = {

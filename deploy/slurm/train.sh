@@ -37,7 +37,7 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 srun --nodes=1 --ntasks=1 --nodelist="$first" \
     ray start --head --block --num-cpus "$SLURM_CPUS_PER_TASK" --node-ip-address "$ip" \
     --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$((port + 10000))" \
-    --temp-dir "/tmp/ray-$SLURM_JOB_ID" &
+    --temp-dir "/tmp/ray-$SLURM_JOB_ID" --disable-usage-stats &
 head=$!
 until python -m jobs status --address "$address" >/dev/null 2>&1; do
     kill -0 "$head" 2>/dev/null || { echo "error: Ray's head has ended; its log is above" >&2; exit 1; }
