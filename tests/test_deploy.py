@@ -352,11 +352,12 @@ def calls(node: Path, *beginning: str) -> list[str]:
 
 @pytest.mark.parametrize("status", [0, 2])
 def test_a_training_that_ends_ends_the_script(pretended, status, start):
-    (pretended / "end").write_text(str(status))
     script = start(pretended, 2)
+    until(lambda: len(calls(pretended, "ray")) == 2, script, 120)
+    (pretended / "end").write_text(str(status))
     assert script.wait(120) == status, (pretended / "log").read_text()
     assert not calls(pretended, "scontrol requeue")
-    head, others = calls(pretended, "srun")
+    others, head = sorted(calls(pretended, "srun"), key=lambda line: "--head" in line)
     assert "--nodelist=node1 ray start --head --block" in head
     assert "--dashboard-host 127.0.0.1" in head
     assert "--exclude=node1 ray start --block" in others
@@ -379,8 +380,10 @@ def test_a_head_that_does_not_start_is_told(pretended, start):
 
 
 def test_a_job_of_one_node_starts_no_others(pretended, start):
+    script = start(pretended, 1)
+    until(lambda: calls(pretended, "python -m jobs logs"), script, 120)
     (pretended / "end").write_text("0")
-    assert start(pretended, 1).wait(120) == 0
+    assert script.wait(120) == 0
     assert len(calls(pretended, "srun")) == 1
 
 
