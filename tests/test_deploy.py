@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 
@@ -281,6 +282,7 @@ def environment(node: Path, nodes: int) -> dict[str, str]:
         "NODES": str(nodes),  # for the stand-in of scontrol
         "SLURM_CPUS_PER_TASK": "2",
         "HEAD_ADDRESS": "127.0.0.1",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",  # nothing is left to save
     }
 
 
@@ -342,6 +344,11 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(script.pid, signal.SIGTERM)
         script.wait(300)
+
+
+def command_lines() -> list[list[str]]:
+    """Of all processes."""
+    return [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
 
 
 def calls(node: Path, *beginning: str) -> list[str]:
@@ -424,6 +431,11 @@ def test_a_job_is_signalled_queued_again_and_finishes(node, drawn, start):
     assert calls(node, "scontrol requeue")
     steps = [int(x.name.split("-")[1]) for x in (node / "runs/r/checkpoints").glob("step-*")]
     assert 0 < max(steps) < 40
+    number = calls(node, "scontrol requeue")[0].split()[-1]
+    deadline = time.monotonic() + 300  # as Slurm, which ends what is left before it starts again
+    while any(f"/tmp/ray-{number}" in " ".join(command) for command in command_lines()):
+        assert time.monotonic() < deadline
+        time.sleep(1)
     script = start(node, 1, *options)
     assert script.wait(900) == 0, (node / "log").read_text()
     assert (node / "runs/r/checkpoints/step-00000040").is_dir()

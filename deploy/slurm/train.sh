@@ -31,7 +31,7 @@ export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 # Seconds that Ray leaves a node which Slurm takes away to save.
-export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=120
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-120}
 
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 srun --nodes=1 --ntasks=1 --nodelist="$first" \
