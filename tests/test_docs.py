@@ -75,6 +75,8 @@ ELSEWHERE = {
     ("jobs", "resume"): ("needs a cluster", "tests/jobs/test_resume.py"),
     ("jobs", "status"): ("needs a cluster or a grid", "tests/jobs/test_grid_on_ray.py"),
     ("jobs", "grid"): ("hours; --dry-run is run below", "tests/jobs/test_grid_on_ray.py"),
+    ("jobs", "train"): ("a cluster and minutes", "tests/jobs/test_own_data.py"),
+    ("jobs", "serve"): ("goes on until it is ended", "tests/jobs/test_serve.py"),
     ("cuda_ops", "check"): ("a minute, and a GPU", "tests/cuda_ops/test_check.py"),
     ("cuda_ops", "benchmark"): ("minutes, and a GPU", "tests/cuda_ops/test_benchmark.py"),
     ("pipeline", "replay"): ("as long as a training", "tests/pipeline/test_bad_step.py"),
@@ -82,6 +84,9 @@ ELSEWHERE = {
 }  # fmt: skip
 # Single command lines, by a piece of their text, likewise.
 LINES_ELSEWHERE = {
+    "--weights plain": ("only with averaged weights", "tests/pipeline/test_evaluate.py"),
+    "outputs/own/run": ("what jobs train leaves", "tests/jobs/test_own_data.py"),
+    "--format onnx": ("a minute", "tests/pipeline/test_export.py"),
     "--format transformers": ("wants a ResNet, minutes", "tests/pipeline/test_export.py"),
     "s3://raw": ("no such store here", "tests/data_prep/test_storage.py"),
     "build --report": ("compiles for a minute", "tests/cuda_ops/test_build_and_door.py"),
@@ -251,6 +256,9 @@ def place(drawn: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             file = drawn.coco / "annotations" / f"instances_{split}.json"
             (coco / "annotations" / f"instances_{split}2017.json").symlink_to(file)
     (folder / "outputs").mkdir()
+    for pictures in ("pictures", "photos", "frames"):
+        (folder / pictures).symlink_to(drawn.coco / "val")
+    shutil.copy(next((drawn.coco / "train").iterdir()), folder / "street.jpg")
     return folder
 
 
@@ -337,12 +345,17 @@ def test_the_commands_do_what_they_say(place, drawn, monkeypatch, capfd):
     for command in scenario():
         if command.door == ("jobs", "compare"):
             shutil.copytree("runs/r50", "runs/r50_refine", dirs_exist_ok=True)
+        if command.door == (
+            "pipeline",
+            "predict",
+        ):  # two guides write one folder; it wants a new one
+            shutil.rmtree(command.words[command.words.index("--output") + 1], ignore_errors=True)
         run = Command(command.file, command.line, tuple(real(command, place, drawn)))
         status = in_a_process(run) if command.door == ("pipeline", "train") else here(run)
         assert not status, f"{command}\nrun as: {run.text}\n{capfd.readouterr().err}"
     assert (place / "runs/r50/best.json").is_file()
     assert (place / "shards/train/manifest.json").is_file()
-    assert (place / "predictions.png").is_file()
+    assert (place / "predictions/detections.json").is_file()
     assert (place / "outputs/comparison/compare.html").is_file()
 
 
