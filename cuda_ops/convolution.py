@@ -73,6 +73,7 @@ def convolved(columns: Tensor, weight: Tensor, bias: Tensor | None, out: Sequenc
 
 
 def pair(numbers: int | tuple[int, int]) -> tuple[int, int]:
+    """(vertical, horizontal) of a number for both, or of two."""
     return (numbers, numbers) if isinstance(numbers, int) else numbers
 
 
@@ -86,6 +87,7 @@ def check_convolution(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> None:
+    """Raises `ValueError`, saying got and expected, where shapes, types or devices do not fit."""
     if input.dim() != 4 or weight.dim() != 4:
         raise ValueError(
             f"input and weight have shapes {list(input.shape)} and {list(weight.shape)}, expected "

@@ -29,10 +29,12 @@ def sources_digest(device: str) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def library_path(device: str) -> Path:
+    """Where the library for "cpu" or "cuda" lies once it is built."""
     return FOLDER / f"libcuda_ops_{device}.so"
 
 

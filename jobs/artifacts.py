@@ -26,6 +26,7 @@ def upload(client: Any, run_id: str, folder: Path) -> None:
 
 
 def upload_detections(client: Any, run_id: str, path: Path) -> None:
+    """Uploads a file of detections, packed where it is large."""
     if path.stat().st_size < LARGE:
         client.log_artifact(run_id, str(path), path.parent.name)
         return

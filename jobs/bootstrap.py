@@ -54,6 +54,8 @@ class ClassMatches:
 
 @dataclass(frozen=True)
 class Matches:
+    """Detections matched to objects: the images, and the matches of each class."""
+
     image_ids: tuple[int, ...]
     classes: list[ClassMatches]
 

@@ -152,6 +152,7 @@ def paper_table(grid: Grid) -> Table | None:
 
 
 def title(grid: Grid) -> str:
+    """The caption of the paper's table, or the grid's name."""
     table, small = paper_table(grid), grid.name.endswith(DEMO_SCALE)
     caption = table.caption if table else f"Comparison of {grid.name}"
     return f"{caption}, at demo scale" if table and small else caption
@@ -185,6 +186,7 @@ def ap_interval(drawn: NDArray[np.float64], measured: float) -> tuple[float, flo
 
 
 def published_difference(row: Published | None, base: Cell | None) -> float | None:
+    """AP of a published row less the baseline's published AP; None where there is either not."""
     if row is None or base is None or base.published in (None, row.key):
         return None
     return row.metrics["AP"] - published(str(base.published)).metrics["AP"]

@@ -31,6 +31,8 @@ class DemoOptions:
 
 
 def demo(options: DemoOptions) -> None:
+    """Draws, converts, trains on a local Ray and evaluates. Raises `UserError` where the job
+    fails."""
     started = time.monotonic()
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,7 @@ def prepare(output: Path, options: DemoOptions) -> Path:
 
 
 def data_prep(*arguments: str) -> None:
+    """Runs `python -m data_prep`. Raises `UserError` where it fails."""
     command = [sys.executable, "-m", "data_prep", *arguments]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise UserError(f"{' '.join(command[1:])} failed; its message is above")
@@ -104,4 +107,5 @@ def run_folder(output: Path) -> Path:
 
 
 def step(message: str) -> None:
+    """Announces a step of the demo."""
     print(f"\n==> {message}", flush=True)

@@ -236,6 +236,7 @@ class Forwarder(threading.Thread):
 
 
 def dataset_input(source: Source) -> Any:
+    """MLflow's entry of a data set: name, digest, place, numbers of images and annotations."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     scheme = source.location.partition("://")[0] if "://" in source.location else "local"

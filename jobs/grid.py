@@ -210,20 +210,24 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that was perhaps meant, as a question; empty where none is near."""
     found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"did you mean {found[0]!r}? " if found else ""
 
 
 def no(option: str) -> str:
+    """The option that turns a flag off: `section.no-name` of `section.name`."""
     section, _, name = option.rpartition(".")
     return f"{section}.no-{name}"
 
 
 def spelled(option: re.Match[str]) -> str:
+    """The option that was matched, as its field is spelled: with underscores."""
     return option[1].replace("-", "_")
 
 
 def truth(name: str, value: Any) -> bool:
+    """A boolean of a grid file or an option. Raises `UserError` for anything but true and false."""
     words = {"true": True, "false": False}
     if isinstance(value, bool):
         return value

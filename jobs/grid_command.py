@@ -65,6 +65,7 @@ def run_grid(args: list[str]) -> None:
 
 
 def require_same_grid(folder: Path, name: str) -> None:
+    """Raises `UserError` where the folder holds another grid, or something else."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / "grid.json").is_file():
             raise UserError(f"--output {folder} holds something else; choose a new or empty folder")
@@ -76,6 +77,7 @@ def require_same_grid(folder: Path, name: str) -> None:
 
 
 def plan(folder: Path, wanted: list[Entry], options: GridOptions) -> None:
+    """Measures what is not done yet, and prints hours, GPU-hours, cost and the end."""
     from jobs.grid_plan import Planned, measure_in_a_process, report
 
     planned = []
@@ -96,6 +98,7 @@ def plan(folder: Path, wanted: list[Entry], options: GridOptions) -> None:
 
 
 def chosen(wanted: list[Entry], options: GridOptions) -> list[Entry]:
+    """The runs of the cells that `--only` names, or of all."""
     return runs(e for e in wanted if not options.only or e.cell in options.only)
 
 
@@ -107,6 +110,7 @@ def train(
     band: Pruning,
     args: list[str],
 ) -> None:
+    """Runs what is not done. Raises `UserError` where cells are left over at the end."""
     if not options.address and options.data.train:
         from pipeline.dataset import open_shards
 
@@ -187,6 +191,7 @@ def sole(folder: Path) -> Any:
 def write_grid(
     folder: Path, name: str, baseline: str, wanted: list[Entry], args: list[str]
 ) -> None:
+    """Writes grid.json: the cells, and the command for `jobs resume`."""
     cells = [
         {
             "name": entry.cell,
@@ -203,4 +208,5 @@ def write_grid(
 
 
 def say(line: str) -> None:
+    """Prints a line with the time of day."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)

@@ -50,12 +50,14 @@ def looked(
 
 
 def pruned_before(flag: str) -> str:
+    """Why a pruned run is left, or taken up."""
     return f"pruned before: {flag}" if flag else "pruned before, and within the band now"
 
 
 def dry_run(
     name: str, folder: Path, wanted: list[Entry], options: GridOptions, pruning: Pruning
 ) -> None:
+    """Prints what would be done with each cell, and how it differs from the baseline."""
     found = looked(folder, wanted, options, pruning)
     cells = [("cell", "seed", "would", "difference from the baseline")]
     for entry in wanted:
@@ -76,6 +78,7 @@ def short(value: Any) -> str:
 
 
 def action(found: Found, entry: Entry) -> str:
+    """What would be done with a run in this state, in words."""
     why = f" ({found.why})" if found.why else ""
     now = found.progress
     if entry.evaluates and found.state != DONE:

@@ -113,6 +113,7 @@ def from_yaml(path: Path) -> Grid:
 
 
 def read(path: Path) -> dict[str, Any]:
+    """The content of a YAML file. Raises `UserError` with the line of a mistake."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Strict)
     except yaml.MarkedYAMLError as error:
@@ -153,6 +154,7 @@ class Strict(yaml.SafeLoader):
 
 
 def mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """The value of `key`, names to values. Raises `UserError` where it is something else."""
     value = content.get(key, {})
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise UserError(f"{key}: got {value!r}, expected names with values")
@@ -160,6 +162,7 @@ def mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def changed_in(where: str, base: str, changes: dict[str, Any]) -> Any:
+    """A recipe with changes made to it. Raises `UserError` that says where a wrong one stands."""
     try:
         return changed(recipe(base), changes)
     except ValueError as error:

@@ -88,6 +88,7 @@ class GridOptions:
 
 
 def called(grid: Grid, options: GridOptions) -> str:
+    """The grid's name, with its suffix at demo scale."""
     return grid.name + (DEMO_SCALE if options.scale == "demo" else "")
 
 

@@ -85,6 +85,8 @@ def measure(config: RunConfig, workers: int, steps: int) -> Measured:
 
 
 def timed(config: RunConfig, folder: Path, workers: int, steps: int) -> Measured:
+    """Takes `steps` training steps of one worker's share, and evaluates a few batches; seconds of
+    each."""
     import torch
 
     from pipeline.checkpoint_store import Progress

@@ -100,6 +100,7 @@ class Pruning:
 
 
 def said(left: Left, name: str, mine: RunProgress, others: Sequence[RunProgress]) -> str:
+    """A flag in words: AP and epoch of the run, and where the band is."""
     text = (
         f"AP {left.ap:.3f} at epoch {left.epoch:g} is below {left.lowest:.3f}, the band of {name} "
         f"(AP {left.reference:.3f} there)"
@@ -112,6 +113,7 @@ def said(left: Left, name: str, mine: RunProgress, others: Sequence[RunProgress]
 
 
 def is_one_of(folder: Path, others: Sequence[Path]) -> bool:
+    """Whether the folder is one of the others, by whatever path."""
     return folder.resolve() in [other.resolve() for other in others]
 
 

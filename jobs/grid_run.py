@@ -329,4 +329,5 @@ def places(address: str, entry: Entry, spec: JobSpec) -> int:
 
 
 def first_line(error: BaseException) -> str:
+    """An error's first line, or its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

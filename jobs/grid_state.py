@@ -94,6 +94,7 @@ class RunProgress:
 
 
 def progress(folder: Path) -> RunProgress:
+    """How far the run in `folder` is, by its metrics.jsonl; read again once that has changed."""
     path = folder / "metrics.jsonl"
     try:
         found = path.stat()
@@ -205,6 +206,7 @@ def set_aside(grid: Path, entry: Entry) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
     write_whole(path, json.dumps(content, indent=1))
 
 

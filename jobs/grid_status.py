@@ -29,6 +29,8 @@ LONGEST_NOTE = 100
 
 @dataclass(frozen=True)
 class Row:
+    """A cell of a grid as `jobs status` shows it."""
+
     cell: str
     seed: int
     state: str
@@ -56,6 +58,7 @@ def rows(folder: Path) -> list[Row]:
 
 
 def state_of(record: Record, now: RunProgress) -> str:
+    """One of the states of jobs.grid_state, by the record of the job and the run's own metrics."""
     if now.finished:
         return DONE
     if record.outcome in (RUNNING, FAILED, STOPPED, PRUNED):
@@ -75,6 +78,7 @@ def status(folder: Path, watch: bool) -> None:
 
 
 def text(found: Sequence[Row]) -> list[str]:
+    """The table of cells as lines."""
     cells = [("cell", "seed", "state", "epoch", "best AP", "left", "attempts", "")]
     for row in found:
         now = row.progress
@@ -109,6 +113,7 @@ def columns(cells: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def cut(note: str) -> str:
+    """A note short enough for a line."""
     return note if len(note) <= LONGEST_NOTE else f"{note[: LONGEST_NOTE - 1]}…"
 
 

@@ -31,6 +31,8 @@ def draw(folder: Path, config: RunConfig) -> None:
 
 
 def draw_of(best: str, folder: Path, config: RunConfig) -> None:
+    """Draws all figures of checkpoint `best`; those that cannot be drawn are a line in the run's
+    log."""
     mark, aside = folder / "ray" / "drawing", folder / f"{FIGURES}.partial"
     if mark.exists():  # such as by a kernel short of memory; it would be again
         tell(folder, "the process that drew figures was ended meanwhile: they are left out")
@@ -53,6 +55,7 @@ def draw_of(best: str, folder: Path, config: RunConfig) -> None:
 
 
 def draw_curves(folder: Path, output: Path, config: RunConfig) -> None:
+    """Precision over recall, as pictures and CSV, of the best evaluation's detections."""
     from pipeline.curves import curves, save_curves
     from pipeline.dataset import open_shards
     from pipeline.evaluate import ground_truth
@@ -76,6 +79,7 @@ def draw_inside(folder: Path, output: Path, config: RunConfig) -> None:
 
 
 def tell(folder: Path, text: str) -> None:
+    """Writes a message into the run's metrics.jsonl."""
     last = read_lines(folder / "metrics.jsonl")[-1]
     log = MetricsLog(folder)
     log.write("event", last["step"], last["epoch"], event="message", text=text)

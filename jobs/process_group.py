@@ -32,6 +32,8 @@ class ProcessGroupConfig(BackendConfig):
 
 
 class ProcessGroupBackend(Backend):
+    """Ray Train's hook that joins the workers to one torch process group."""
+
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroupConfig) -> None:

@@ -70,6 +70,8 @@ def move_alias(client: Any, name: str, val_digest: str) -> None:
 
 
 def best_version(client: Any, name: str, val_digest: str) -> str:
+    """The version with the highest AP among those evaluated on this validation set; the oldest of
+    equals."""
     versions = client.search_model_versions(f"name = '{name}'")
     comparable = [v for v in versions if v.tags.get("val_digest") == val_digest]
     best = max(comparable, key=lambda v: (float(v.tags["val/AP"]), -int(v.version)))

@@ -26,6 +26,7 @@ VERDICTS = ("higher", "lower", "noise", "not known", "missing", "unfinished", "s
 
 
 def page(comparison: Comparison) -> str:
+    """The whole page: one file without links."""
     sections = [
         *(_table(sheet) for sheet in sheets(comparison)),
         _results(comparison),

@@ -105,6 +105,7 @@ def _part(measured: float | None, paper: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 1) -> str:
+    """Rounded; a dash for None."""
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
@@ -115,10 +116,12 @@ def plus(value: float) -> str:
 
 
 def signed(difference: Difference | None) -> str:
+    """A difference with its sign; a dash for None."""
     return NOTHING if difference is None else plus(difference.value)
 
 
 def between(bounds: tuple[float, float] | None, shown: Callable[[float], str] = number) -> str:
+    """An interval; a dash for None."""
     return NOTHING if bounds is None else f"{shown(bounds[0])} … {shown(bounds[1])}"
 
 
@@ -169,6 +172,7 @@ def hours(cell: Cell | None) -> float | None:
 
 
 def terminal(comparison: Comparison) -> str:
+    """The tables in columns."""
     parts = [comparison.title]
     for sheet in sheets(comparison):
         widths = [max(map(len, column)) for column in zip(sheet.columns, *sheet.rows, strict=True)]
@@ -186,6 +190,7 @@ def terminal(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
+    """The tables in Markdown."""
     parts = [f"# {_cell(comparison.title)}"]
     for sheet in sheets(comparison):
         lines = [f"## {_cell(sheet.title)}", ""]

@@ -46,6 +46,7 @@ def run_resume(args: list[str]) -> None:
 
 
 def resume_grid(options: ResumeOptions) -> None:
+    """Gives the grid's command once more, with another address or number of workers where asked."""
     folder = options.folder.resolve()
     command = read_grid(folder).get("command")
     if command is None:
@@ -65,6 +66,7 @@ def resume_grid(options: ResumeOptions) -> None:
 
 
 def resume_run(options: ResumeOptions) -> None:
+    """Submits the run's last job again. Raises `UserError` where the folder does not know it."""
     folder = options.folder.resolve()
     spec = begun(folder)
     workers, code = options.workers or spec.workers, Code.present()

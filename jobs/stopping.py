@@ -16,6 +16,8 @@ RESIZED = "resized"  # a worker group of another size is to follow
 
 
 class StopFile:
+    """The file in a run folder by which the driver asks training to save and stop."""
+
     def __init__(self, folder: Path) -> None:
         self.path = folder / STOP_FILE
 

@@ -174,6 +174,7 @@ def agreement(work: list[Work], column_of: dict[int, int]) -> dict[str, float]:
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians of the stages and spreads of their sums, in milliseconds an image, over rounds."""
     totals = [sum(r.values()) for r in rounds]
     on_host = [sum(r.values()) - r["normalize"] for r in rounds]
     return {
@@ -198,10 +199,12 @@ def speedup(
 
 
 def spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def table(report: dict[str, Any]) -> str:
+    """The report of `run` as lines for a terminal."""
     lines = [
         f"{report['images']} images ({report['data']}; {report['mean_kilobytes']:.0f} kB each), "
         f"batches of {report['batch_size']}; milliseconds an image on one core",

@@ -10,6 +10,8 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Dataset:
+    """The shards of a run, and the class columns that its model learns."""
+
     train: ShardSet
     val: ShardSet
     labels: Labels

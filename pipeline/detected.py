@@ -13,6 +13,8 @@ from model.precision import full_precision
 
 @dataclass(frozen=True)
 class Detected:
+    """One detection: the query that made it, its class, score and box."""
+
     query: int
     column: int
     """Of the classes."""

@@ -100,6 +100,7 @@ def is_ours(state: Mapping[str, Tensor]) -> bool:
 
 
 def is_class_head(name: str) -> bool:
+    """Whether a weight of this name has a row for each class, in our names or published ones."""
     patterns = (OUR_CLASS_HEAD, PUBLISHED_CLASS_HEAD, BOTH_CLASS_HEADS)
     return any(pattern.match(name) for pattern in patterns)
 

@@ -18,6 +18,7 @@ FLIP, TRANSPOSE = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.TRANSPOSE
 
 
 def decode(image_bytes: bytes) -> Image.Image:
+    """Pillow's decoder, in RGB."""
     return Image.open(io.BytesIO(image_bytes)).convert("RGB")
 
 
@@ -41,6 +42,7 @@ def augment(image: Image.Image, boxes: Tensor, geometry: Geometry) -> tuple[Imag
 
 
 def resize(image: Image.Image, boxes: Tensor, size: tuple[int, int]) -> tuple[Image.Image, Tensor]:
+    """torchvision's resize of a Pillow image to (height, width); boxes [n, 4] in pixels follow."""
     ratios = torch.tensor([size[1] / image.width, size[0] / image.height] * 2)
     return F.resize(image, list(size)), boxes * ratios
 

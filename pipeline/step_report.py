@@ -220,6 +220,7 @@ def surroundings(config: RunConfig, device: torch.device, size: tuple[int, int])
 
 
 def processor() -> str:
+    """The name of the CPU."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()

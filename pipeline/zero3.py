@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 
 def is_partitioned(module: nn.Module) -> bool:
+    """Whether ZeRO stage 3 has spread the module's parameters over the processes."""
     return hasattr(next(module.parameters()), "ds_tensor")  # all of them or none
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
+    """A parameter's shape before it was spread over processes."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

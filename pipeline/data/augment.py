@@ -19,6 +19,9 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Example:
+    """image uint8 [3, H, W]; boxes float32 [n, 4] as (x0, y0, x1, y1) in its pixels; labels int64
+    [n]."""
+
     image: Tensor
     boxes: Tensor
     labels: Tensor
@@ -135,6 +138,7 @@ def flip(example: Example, width: int) -> Example:
 
 
 def transpose(example: Example) -> Example:
+    """Swaps x and y, of pixels and boxes."""
     image = example.image.transpose(-1, -2)[None].contiguous(memory_format=torch.channels_last)[0]
     return replace(example, image=image, boxes=example.boxes[:, [1, 0, 3, 2]])
 

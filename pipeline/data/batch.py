@@ -25,6 +25,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass
 class Batch:
+    """The images of a micro-batch, padded to the largest, and what is known of them."""
+
     images: Tensor  # uint8 [N, 3, H, W], channels last
     padding_mask: Tensor  # bool [N, H, W], True on padding
     targets: list[dict[str, Tensor]]  # labels int64 [n], boxes float32 [n, 4] normalised cxcywh

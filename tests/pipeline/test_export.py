@@ -93,7 +93,7 @@ def test_the_torch_archive_needs_nothing_of_ours(made, tmp_path):
     torch.save([padded(images, colour=77) for images in batches], tmp_path / "inputs.pt")
     script = f"""
 import json, sys, torch
-assert not any("{ROOT}" in path for path in sys.path)
+assert "{ROOT}" not in sys.path
 extra = {{"metadata.json": ""}}
 module = torch.export.load({str(folder / "detector.pt2")!r}, extra_files=extra).module()
 assert json.loads(extra["metadata.json"])["names"] == ["", "cat", "dog", ""]
