@@ -51,7 +51,7 @@ def main(prog: str, description: str, commands: dict[str, Command], argv: Sequen
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {prog} COMMAND …\n\n{description}\n\ncommands:")
         for name, command in commands.items():
-            print(f"  {name:<16}{command.help}")
+            print(f"  {name:<19}{command.help}")
         print(f"\n{prog} COMMAND --help shows a command's options.")
         print(f"{DEBUG_OPTION} with any of them shows the traceback of an error.")
         return 0 if argv else 2
