@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchvision.ops import nms
 
 from model.boxes import cxcywh_to_xyxy
+from model.postprocess import class_scores
 from model.precision import full_precision
 
 
@@ -21,14 +21,6 @@ class Detected:
     score: float
     box: tuple[float, float, float, float]
     """(x0, y0, x1, y1) as fractions of the image's width and height."""
-
-
-def class_scores(outputs: dict[str, Any]) -> Tensor:
-    """Probabilities [N, Q, classes] of a model's outputs, without a column for no object."""
-    logits = full_precision(outputs["pred_logits"])
-    if outputs.get("classification") == "softmax":
-        return logits.softmax(-1)[..., :-1]
-    return logits.sigmoid()
 
 
 @torch.no_grad()

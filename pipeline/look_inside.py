@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from model.postprocess import class_scores
 from pipeline.data.augment import resize_for_evaluation
 from pipeline.data.batch import Batch, collate, decode
 from pipeline.data.shards import ShardSet
-from pipeline.detected import Detected, best_objects, class_scores
+from pipeline.detected import Detected, best_objects
 from pipeline.errors import UserError
 from pipeline.figures import Picture, Points, draw_pixel_gradients, draw_sampling_points
 from pipeline.pixel_gradients import differentiable_outputs, gradient_norms

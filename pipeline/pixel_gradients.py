@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from model.postprocess import class_scores
 from pipeline.data.batch import STD
-from pipeline.detected import class_scores
 
 ITEMS = ("x", "y", "w", "h", "c")
 """Centre, width and height of a box, as fractions of the image's; the class's probability."""

@@ -13,14 +13,14 @@ from torch import nn
 from cuda_ops.ops import multi_scale_deformable_attention
 from model.config import ModelConfig
 from model.detr import build_model
-from model.postprocess import postprocess
+from model.postprocess import class_scores, postprocess
 from pipeline.__main__ import COMMANDS
 from pipeline.cli import main
 from pipeline.config import RunConfig
 from pipeline.data.batch import STD
 from pipeline.data.labels import build_labels
 from pipeline.data.shards import ShardSet
-from pipeline.detected import Detected, best_objects, class_scores
+from pipeline.detected import Detected, best_objects
 from pipeline.figures import Points, draw_pixel_gradients, draw_sampling_points
 from pipeline.look_inside import load_image, look_inside
 from pipeline.pixel_gradients import differentiable_outputs, gradient_norms
