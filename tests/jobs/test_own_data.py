@@ -87,7 +87,9 @@ def checkpoint(folder):
     """One of ours, of three classes: others than the data have."""
     config = recipe("demo")
     config = replace(config, model=replace(config.model, num_classes=3))
-    content = {"model": build_model(config.model).state_dict(), "config": config.to_json()}
+    labels = {"category_of": [1, 2, 3], "names": ["cat", "dog", "bird"]}
+    weights = build_model(config.model).state_dict()
+    content = {"model": weights, "config": config.to_json(), "labels": labels}
     return write(folder / "weights", Progress(), content, {})
 
 
