@@ -250,5 +250,6 @@ def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: float) ->
 
 
 def stop_process_group() -> None:
+    """Leaves the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

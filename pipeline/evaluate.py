@@ -180,17 +180,17 @@ def merged(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def summarize(truth: COCO, detections: list[dict[str, Any]]) -> Evaluation:
     """COCO's numbers for result records."""
-    return evaluation_of(score(truth, detections), detections)
+    return _evaluation_of(score(truth, detections), detections)
 
 
-def evaluation_of(scores: Scores, detections: list[dict[str, Any]]) -> Evaluation:
+def _evaluation_of(scores: Scores, detections: list[dict[str, Any]]) -> Evaluation:
     per_class = {name: scores.of_class(k)["AP"] for k, name in enumerate(scores.names)}
     return Evaluation(scores.summary(), per_class, detections)
 
 
 def table(evaluation: Evaluation) -> str:
     """The 12 numbers and AP by class, as text."""
-    return "\n".join([numbers_table(evaluation.summary), *class_lines(evaluation.per_class)])
+    return "\n".join([numbers_table(evaluation.summary), *_class_lines(evaluation.per_class)])
 
 
 def numbers_table(summary: dict[str, float]) -> str:
@@ -201,7 +201,7 @@ def numbers_table(summary: dict[str, float]) -> str:
     return "\n".join("  ".join(f"{cell:>6}" for cell in row) for row in rows)
 
 
-def class_lines(per_class: dict[str, float]) -> list[str]:
+def _class_lines(per_class: dict[str, float]) -> list[str]:
     if not per_class:
         return []
     width = max(len(name) for name in per_class)

@@ -50,6 +50,9 @@ class Detections:
 
 @dataclass(frozen=True)
 class Detector:
+    """A trained model on its device, in evaluation mode, with the categories of its columns and the
+    settings it was trained with."""
+
     model: nn.Module
     labels: Labels
     config: RunConfig

@@ -30,6 +30,8 @@ OTHERS = ("transformers", "onnx", "torch")
 
 @dataclass(frozen=True)
 class Contender:
+    """One of the implementations whose prediction is timed."""
+
     name: str
     what: str
     """What exactly runs, for the report."""
