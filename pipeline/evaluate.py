@@ -19,7 +19,7 @@ from pipeline.data.labels import Labels
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.objects import objects
 from pipeline.data.shards import ShardSet
-from pipeline.engine import AUTOCAST
+from pipeline.engine import AUTOCAST, naming_inference_memory
 
 NAMES = summary_names()
 
@@ -137,8 +137,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def infer(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The model's outputs for a batch on its device. dtype: of autocast, None for none."""
-    with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
+    """The model's outputs for a batch on its device. dtype: of autocast, None for none. Raises
+    `UserError` where the memory is too small."""
+    autocast = torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None)
+    with naming_inference_memory(tuple(batch.images.shape)), autocast:
         return model(batch.normalized_images(), batch.padding_mask)
 
 
