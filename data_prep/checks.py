@@ -17,8 +17,8 @@ from PIL import Image
 
 Result = TypeVar("Result")
 
-# PIL's name of a format -> the extension of the tar member. Others are refused: PIL would
-# start helper programs for some of them.
+# PIL's name of a format that training reads -> the extension of the tar member. Others are refused:
+# PIL would start helper programs for some of them.
 EXTENSIONS = {
     "JPEG": "jpg",
     "MPO": "jpg",  # a JPEG with further pictures behind it, as some cameras write
@@ -27,8 +27,13 @@ EXTENSIONS = {
     "BMP": "bmp",
     "TIFF": "tiff",
     "GIF": "gif",
+    "PPM": "ppm",
+    "JPEG2000": "jp2",
+    "AVIF": "avif",
 }
 FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # PIL opens MPO by way of JPEG
+Image.init()  # all its readers are known by name from here on
+WHITE = 65535  # the largest grey value that training takes
 # Published boxes stick out of their images by rounding; more than this is a mistake.
 BOX_TOLERANCE = 1.0  # pixels
 _FRAME = struct.Struct(">BHHB")  # of a JPEG: bits, height, width, channels
@@ -49,6 +54,10 @@ class TruncatedImage(ValueError):
     """An image file has a beginning and no end."""
 
 
+class UnsupportedImage(ValueError):
+    """An image file may be whole, and is not of a kind that training takes."""
+
+
 class ImageHeader(NamedTuple):
     """Extension of the tar member without dot, and size in pixels as stored."""
 
@@ -62,15 +71,15 @@ def read_image_header(data: bytes) -> ImageHeader:
 
     Raises:
         TruncatedImage: cut short.
-        ValueError: not an image of a known format.
+        UnsupportedImage: of a format that training does not read, or with pixels of which nothing
+            says which value is white: floating point, and integers beyond 16 bits.
+        ValueError: damaged.
     """
     size, scan = _jpeg_frame(data)
     if size is not None and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
         header = ImageHeader("jpg", *size)
     else:
-        header = _with_image(
-            data, lambda image: ImageHeader(EXTENSIONS[str(image.format)], *image.size)
-        )
+        header = _with_image(data, _header)
     # In the coded part of a JPEG 0xFF is always escaped, so an end marker there is a real one.
     if header.extension == "jpg" and data.rfind(b"\xff\xd9", scan) < 0:
         raise TruncatedImage(f"no end-of-image marker in {len(data)} bytes")
@@ -88,6 +97,27 @@ def decode_image(data: bytes) -> None:
     _with_image(data, lambda image: image.load())
 
 
+def _header(image: Image.Image) -> ImageHeader:
+    if image.mode == "F":
+        raise UnsupportedImage(
+            f"grey values in floating point, expected 8 or 16 bits; scale them to 0 to {WHITE}"
+        )
+    if image.mode == "I":  # rare, and the header does not tell: all pixels are looked at
+        extrema: Any = image.getextrema()  # of one channel
+        low, high = extrema
+        if low < 0 or high > WHITE:
+            raise UnsupportedImage(
+                f"grey values {low} to {high}, expected 0 to {WHITE}; scale them to 16 bits"
+            )
+    return ImageHeader(EXTENSIONS[str(image.format)], *image.size)
+
+
+def _begins_as_known(data: bytes) -> bool:
+    """Whether the first bytes are those of a format that training reads."""
+    accepts = [Image.OPEN[name][1] for name in FORMATS]
+    return not data or any(accept and accept(data[:16]) for accept in accepts)
+
+
 def _with_image(data: bytes, read: Callable[[Image.Image], Result]) -> Result:
     try:
         with warnings.catch_warnings():
@@ -96,8 +126,15 @@ def _with_image(data: bytes, read: Callable[[Image.Image], Result]) -> Result:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return read(image)
+    except UnsupportedImage:
+        raise
     except Image.UnidentifiedImageError:
-        raise ValueError(f"not an image of a known format ({len(data)} bytes)") from None
+        if _begins_as_known(data):
+            raise ValueError(f"a damaged header ({len(data)} bytes)") from None
+        raise UnsupportedImage(
+            f"not an image that training reads: starts with {data[:12]!r}, expected "
+            f"{', '.join(FORMATS)}"
+        ) from None
     except Exception as error:  # damaged files trip PIL's parsers in every way there is
         raise ValueError(f"{error or type(error).__name__} ({len(data)} bytes)") from None
 

@@ -26,7 +26,14 @@ from data_prep.write import STATE, WrittenShard, write_shard
 
 REPORT = "report.json"
 QUARANTINE = frozenset(
-    ("missing image", "corrupt image", "truncated image", "size mismatch", "duplicate image id")
+    (
+        "missing image",
+        "corrupt image",
+        "truncated image",
+        "unsupported image",
+        "size mismatch",
+        "duplicate image id",
+    )
 )  # the image and its annotations stay out of the shards; other problems are only reported
 
 

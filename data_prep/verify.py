@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data_prep.checks import (
     Problem,
     TruncatedImage,
+    UnsupportedImage,
     annotation_problems,
     decode_image,
     read_image_header,
@@ -25,7 +26,14 @@ from data_prep.storage import Folder, Location, folder_at
 
 # What makes shards unfit. Other findings were in the data when it was converted.
 DAMAGE = frozenset(
-    ("damaged shard", "damaged sample", "corrupt image", "truncated image", "size mismatch")
+    (
+        "damaged shard",
+        "damaged sample",
+        "corrupt image",
+        "truncated image",
+        "unsupported image",
+        "size mismatch",
+    )
 )
 
 
@@ -163,6 +171,8 @@ def _verify_sample(task: _Task, where: str, row: _Row, data: bytes) -> _Found:
             decode_image(sample.image)
     except TruncatedImage as error:
         return one("truncated image", str(error))
+    except UnsupportedImage as error:
+        return one("unsupported image", str(error))
     except ValueError as error:
         return one("corrupt image", str(error))
     size = (header.width, header.height)

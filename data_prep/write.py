@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from data_prep.checks import (
     Problem,
     TruncatedImage,
+    UnsupportedImage,
     annotation_problems,
     read_image_header,
     record_problems,
@@ -163,6 +164,8 @@ def _read_image(task: Task, item: Item) -> tuple[bytes | None, str, tuple[int, i
         header = read_image_header(data)
     except TruncatedImage as error:
         return left_out("truncated image", f"{item.file_name!r}: {error}")
+    except UnsupportedImage as error:
+        return left_out("unsupported image", f"{item.file_name!r}: {error}")
     except ValueError as error:
         return left_out("corrupt image", f"{item.file_name!r}: {error}")
     size = (header.width, header.height)

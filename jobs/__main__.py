@@ -236,8 +236,5 @@ def interrupt(signum: int, frame: Any) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # so that `with` blocks clean up
         signal.signal(number, interrupt)
-    try:
-        sys.exit(main("python -m jobs", (__doc__ or "").strip(), COMMANDS, sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("interrupted; what it started is stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    told = "interrupted; what it started is stopped; the same command goes on"
+    sys.exit(main("python -m jobs", (__doc__ or "").strip(), COMMANDS, sys.argv[1:], told))

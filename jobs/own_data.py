@@ -81,7 +81,7 @@ def run_train(args: list[str]) -> None:
     # Once more, now that the number of images says what the defaults are.
     chosen, defaults = fine_tuning(
         recipe(name),
-        images_in(shards / "train"),
+        _images_in(shards / "train"),
         options.config.optimizer.batch_size if is_given(args, "optimizer.batch_size") else 0,
         options.config.schedule.epochs if is_given(args, "schedule.epochs") else 0,
     )
@@ -112,6 +112,7 @@ def recipe_of(args: list[str]) -> tuple[str, list[str]]:
 
 
 def is_given(args: list[str], field: str) -> bool:
+    """Whether --field is among the arguments, with dashes or underscores, with = or a space."""
     options = {argument.split("=")[0].replace("_", "-") for argument in args}
     return f"--{field.replace('_', '-')}" in options
 
@@ -173,9 +174,9 @@ def remember(output: Path, options: OwnDataOptions) -> None:
     trained on it; else, and for a folder of something else, raises `UserError`."""
     split = {"share": options.val_share, "seed": options.config.seed, "split_by": options.split_by}
     given = {
-        "annotations": digest(options.annotations),
+        "annotations": _digest(options.annotations),
         "images": str(options.images.resolve()),
-        "val_annotations": digest(options.val_annotations) if options.val_annotations else "",
+        "val_annotations": _digest(options.val_annotations) if options.val_annotations else "",
         "val_images": str(options.val_images.resolve()) if options.val_images else "",
         **({} if options.val_annotations else split),
     }
@@ -198,7 +199,7 @@ def remember(output: Path, options: OwnDataOptions) -> None:
     write_whole(path, json.dumps(given, indent=1))
 
 
-def digest(file: Path) -> str:
+def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -212,7 +213,7 @@ def data_prep(*arguments: object) -> None:
         raise UserError(f"data_prep {arguments[0]}: {last.removeprefix('error: ')}")
 
 
-def images_in(shards: Path) -> int:
+def _images_in(shards: Path) -> int:
     return int(json.loads((shards / "manifest.json").read_text(encoding="utf-8"))["num_images"])
 
 
@@ -303,6 +304,7 @@ def is_finished(run: Path, config: RunConfig) -> bool:
 
 
 def train(options: OwnDataOptions, config: RunConfig, run: Path) -> None:
+    """Trains as a Ray job in the folder `run`, or goes on with what is there, until it ends."""
     code = Code.present()
     spec = JobSpec(
         config=config.to_json(),

@@ -52,24 +52,24 @@ def report(output: Path, prepared: Prepared, command: list[str]) -> str:
     lines = read_lines(run / "metrics.jsonl")
     said = [line["text"] for line in lines if line.get("event") == "message"]
     checks = [*prepared.findings, *(text for text in said if text.startswith("label check"))]
-    following = list(next_commands(output, command))
+    following = list(_next_commands(output, command))
     parts = [
         "# Trained on own data",
         f"Made by `{shlex.join(command)}`.",
         f"## AP of the best epoch ({best['epoch']}) on val",
-        fenced(numbers),
+        _fenced(numbers),
         *(f"{advice}" for advice in advice_of(lines, best["epoch"])),
         "## Predictions beside the ground truth",
         "![predictions](run/predictions.png)",
         "## Label check",
         "\n".join(f"- {text}" for text in checks) or "Nothing looks wrong.",
         "## Data",
-        fenced("\n".join(prepared.found)),
+        _fenced("\n".join(prepared.found)),
         "## Defaults, and why",
         "\n".join(f"- `{text.replace(': ', '`: ', 1)}" for text in prepared.defaults),
         prepared.weights,
         "## Next",
-        fenced("\n".join(following)),
+        _fenced("\n".join(following)),
     ]
     write_whole(output / "report.md", "\n\n".join(parts) + "\n")
     return "\n".join(
@@ -86,7 +86,7 @@ def report(output: Path, prepared: Prepared, command: list[str]) -> str:
     )
 
 
-def fenced(text: str) -> str:
+def _fenced(text: str) -> str:
     return f"```\n{text}\n```"
 
 
@@ -103,7 +103,7 @@ def advice_of(lines: list[dict[str, Any]], best_epoch: int) -> Iterator[str]:
         )
 
 
-def next_commands(output: Path, command: list[str]) -> Iterator[str]:
+def _next_commands(output: Path, command: list[str]) -> Iterator[str]:
     run, shards = output / "run", output / "shards"
     yield f"python -m pipeline predict {run} IMAGES --output predictions"
     yield f"python -m pipeline evaluate {run} --data {shards / 'val'}"

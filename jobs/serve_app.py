@@ -52,6 +52,8 @@ batch, and 0 for the others. Raises `Unavailable`."""
 
 @dataclass
 class Service:
+    """The service for one detector: what it asks, and what it grants its clients."""
+
     detect: Detect
     is_ready: Callable[[], Awaitable[bool]]
     model: dict[str, Any]

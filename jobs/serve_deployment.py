@@ -25,6 +25,9 @@ log = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Settings:
+    """What a replica needs to know: the checkpoint, device and precision as `Detector.load` takes
+    them, the most images of a batch, and the limits of an image."""
+
     checkpoint: str
     device: str
     precision: str
@@ -37,6 +40,8 @@ class Settings:
 
 
 class DetectorReplica:
+    """A detector in a process of its own. Its start ends with a first forward pass."""
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.detector = Detector.load(settings.checkpoint, settings.device, settings.precision)
@@ -58,7 +63,7 @@ class DetectorReplica:
         try:
             prepared = await loop.run_in_executor(self.decoders, self._prepare, data)
         except ValueError as error:
-            return {"error": one_line(error)}
+            return {"error": _one_line(error)}
         found, batch = await self._together(prepared)
         if isinstance(found, Exception):
             raise found
@@ -128,7 +133,7 @@ def check_image(data: bytes, megapixels: float, longest_side: int) -> None:
         )
 
 
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or "the image is damaged"
 
 

@@ -36,6 +36,8 @@ class Client(H11Protocol):
 
 
 class Door(uvicorn.Server):
+    """Serves an application at a socket that is bound already; `run` says how it ends."""
+
     def __init__(self, app: ASGIApp) -> None:
         super().__init__(
             uvicorn.Config(

@@ -7,6 +7,8 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
+    """Counters of one service, in a registry of their own; `text` gives them all."""
+
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(

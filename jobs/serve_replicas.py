@@ -28,6 +28,8 @@ READY_FOR = 1.0  # seconds that Ray Serve's word on its replicas counts
 
 
 class Replicas:
+    """The replicas behind a handle of Ray Serve, which chooses one for each image."""
+
     def __init__(self, handle: Any) -> None:
         self.handle = handle
         self.asked = -READY_FOR

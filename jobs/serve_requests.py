@@ -27,6 +27,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
+    """What a request may ask for, and `threshold` and `most` where it does not say."""
+
     megabytes: float = 20.0
     """Of a request's body, in units of 1e6 bytes."""
     megapixels: float = 50.0
@@ -144,11 +146,13 @@ async def images(request: Request, kind: str, body: bytes, limits: Limits) -> li
     elif kind == "json":
         found = await asyncio.to_thread(from_json, body, limits)
     else:
-        found = await from_form(request, body, limits)
+        found = await _from_form(request, body, limits)
     return found
 
 
 def from_json(body: bytes, limits: Limits) -> list[bytes | Refused]:
+    """The images of {"image": base64}, or of a list of such. Raises `Refused`, as `images` does; an
+    image alone that is not base64, or empty, stands as one in the list."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -170,7 +174,7 @@ def _from_base64(text: str) -> bytes | Refused:
     return data or Refused(400, "the image is empty")
 
 
-async def from_form(request: Request, body: bytes, limits: Limits) -> list[bytes | Refused]:
+async def _from_form(request: Request, body: bytes, limits: Limits) -> list[bytes | Refused]:
     async def chunks() -> AsyncIterator[bytes]:
         for at in range(0, len(body), CHUNK):
             yield body[at : at + CHUNK]

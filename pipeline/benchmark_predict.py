@@ -151,6 +151,7 @@ def _facts(detector: Detector, size: tuple[int, int], beside: tuple[str, ...]) -
 def table(
     rows: list[dict[str, Any]], size: tuple[int, int], batch_size: int, precision: str
 ) -> str:
+    """One workload's rows, which `measure` gives, as text. size: (height, width) in pixels."""
     lines = [
         f"{size[0]}x{size[1]}, batch {batch_size}, {precision}; milliseconds a batch, "
         f"{rows[0]['repeats']} repeats in turn",

@@ -40,6 +40,7 @@ class Progress:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a run folder has its checkpoint of a step, be it there or not."""
     return folder / "checkpoints" / f"step-{step:08d}"
 
 

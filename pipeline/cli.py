@@ -38,11 +38,18 @@ class Command:
     help: str
 
 
-def main(prog: str, description: str, commands: dict[str, Command], argv: Sequence[str]) -> int:
+def main(
+    prog: str,
+    description: str,
+    commands: dict[str, Command],
+    argv: Sequence[str],
+    interrupted: str = "interrupted; what it was writing is not complete",
+) -> int:
     """Runs `argv` and returns the exit status: 0, 2 after a user's mistake or where the machine
-    fails (a disk, its memory), 1 after any other failure, which is a bug.
+    fails (a disk, its memory), 1 after any other failure, which is a bug; 130 after Ctrl-C, which
+    is told as `interrupted`.
 
-    Either is one line on stderr; with `--debug` anywhere in `argv`, or DETR_DEBUG=1 in the
+    Any is one line on stderr; with `--debug` anywhere in `argv`, or DETR_DEBUG=1 in the
     environment, which jobs inherit, its traceback comes before.
     """
     if DEBUG_OPTION in argv:
@@ -59,6 +66,11 @@ def main(prog: str, description: str, commands: dict[str, Command], argv: Sequen
         if argv[0] not in commands:
             raise UserError(f"unknown command {argv[0]!r}: expected one of {', '.join(commands)}")
         commands[argv[0]].run(list(argv[1:]))
+    except KeyboardInterrupt:
+        if os.environ.get(DEBUG_VARIABLE) == "1":
+            traceback.print_exc()
+        print(interrupted, file=sys.stderr, flush=True)
+        return 130
     except Exception as error:
         return tell(error)
     return 0

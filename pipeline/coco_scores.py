@@ -55,6 +55,8 @@ class Scores:
 
 
 def summary_names(limits: tuple[int, ...] = (1, 10, 100)) -> tuple[str, ...]:
+    """Names of the numbers of `Scores.summary`. limits: most detections of an image that each AR_n
+    counts."""
     recalls = [f"AR_{limit}" for limit in limits]
     return ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", *recalls, "AR_S", "AR_M", "AR_L")
 

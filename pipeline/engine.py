@@ -31,12 +31,15 @@ a message costs more than the memory does. Half the parameters of the paper's mo
 as small; together they are 0.4% of it."""
 
 
-def choose_device(config: EngineConfig) -> torch.device:
-    """The device of this process. Raises `UserError` where what was asked for is not there."""
+def choose_device(config: EngineConfig, option: str = "--engine.device") -> torch.device:
+    """The device of this process. Raises `UserError` where what was asked for is not there.
+
+    option: what the command calls it.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "engine.device: got cuda, but this machine has no usable CUDA device; "
-            "use --engine.device cpu, or submit to nodes with GPUs"
+            f"{option}: got cuda, but this machine has no usable CUDA device; "
+            f"use {option} cpu, or a machine with a GPU"
         )
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if config.precision == "fp16" and not cuda:
@@ -101,15 +104,15 @@ def naming_timeouts(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def naming_memory(shape: tuple[int, ...]) -> Iterator[None]:
-    """Makes a `UserError` of a pass that needed more memory than there is, with what to lower.
+    """Makes a `UserError` of a training's pass that needed more memory than there is, with what to
+    lower.
 
     shape: of the micro-batch's images, [N, 3, H, W].
     """
     try:
         yield
     except RuntimeError as error:
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        if not on_gpu and "DefaultCPUAllocator: can't allocate memory" not in str(error):
+        if not (said := _out_of_memory(error)):
             raise
         images, _, height, width = shape
         ways = ["--model.activation-checkpointing", "a smaller --augment.max-side"]
@@ -120,13 +123,43 @@ def naming_memory(shape: tuple[int, ...]) -> Iterator[None]:
                 f"--engine.max-padded-pixels {pixels} (the same run goes on with either)",
                 *ways,
             ]
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         raise UserError(
-            f"out of memory on the {'GPU' if on_gpu else 'CPU'}"
-            + (f", where {asked[1]} more were asked for," if asked else "")
-            + f" at a micro-batch of {' x '.join(map(str, shape))} (images x channels x height x "
-            f"width); use {', or '.join(ways)}"
+            f"{said} at a micro-batch of {_sides(shape)}; use {', or '.join(ways)}"
         ) from error
+
+
+@contextmanager
+def naming_inference_memory(shape: tuple[int, ...]) -> Iterator[None]:
+    """As `naming_memory`, of a forward pass in a prediction or an evaluation.
+
+    shape: of the batch's images, [N, 3, H, W].
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (said := _out_of_memory(error)):
+            raise
+        half = shape[0] // 2
+        remedy = "use --device cpu, or a GPU" if "GPU" in said else "use a machine"
+        remedy += " with more memory"
+        if half:
+            remedy = f"use --batch-size {half} (while training, --engine.evaluation-batch {half})"
+        raise UserError(f"{said} at a batch of {_sides(shape)}; {remedy}") from error
+
+
+def _out_of_memory(error: RuntimeError) -> str:
+    """Where, and how much more was asked for; empty where it is another error."""
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    if not on_gpu and "DefaultCPUAllocator: can't allocate memory" not in str(error):
+        return ""
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    return f"out of memory on the {'GPU' if on_gpu else 'CPU'}" + (
+        f", where {asked[1]} more were asked for," if asked else ""
+    )
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return f"{' x '.join(map(str, shape))} (images x channels x height x width)"
 
 
 def end_with_torchrun() -> None:
@@ -250,5 +283,6 @@ def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: float) ->
 
 
 def stop_process_group() -> None:
+    """Leaves the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

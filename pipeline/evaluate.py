@@ -19,7 +19,7 @@ from pipeline.data.labels import Labels
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.objects import objects
 from pipeline.data.shards import ShardSet
-from pipeline.engine import AUTOCAST
+from pipeline.engine import AUTOCAST, naming_inference_memory
 
 NAMES = summary_names()
 
@@ -137,8 +137,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def infer(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The model's outputs for a batch on its device. dtype: of autocast, None for none."""
-    with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
+    """The model's outputs for a batch on its device. dtype: of autocast, None for none. Raises
+    `UserError` where the memory is too small."""
+    autocast = torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None)
+    with naming_inference_memory(tuple(batch.images.shape)), autocast:
         return model(batch.normalized_images(), batch.padding_mask)
 
 
@@ -180,17 +182,17 @@ def merged(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def summarize(truth: COCO, detections: list[dict[str, Any]]) -> Evaluation:
     """COCO's numbers for result records."""
-    return evaluation_of(score(truth, detections), detections)
+    return _evaluation_of(score(truth, detections), detections)
 
 
-def evaluation_of(scores: Scores, detections: list[dict[str, Any]]) -> Evaluation:
+def _evaluation_of(scores: Scores, detections: list[dict[str, Any]]) -> Evaluation:
     per_class = {name: scores.of_class(k)["AP"] for k, name in enumerate(scores.names)}
     return Evaluation(scores.summary(), per_class, detections)
 
 
 def table(evaluation: Evaluation) -> str:
     """The 12 numbers and AP by class, as text."""
-    return "\n".join([numbers_table(evaluation.summary), *class_lines(evaluation.per_class)])
+    return "\n".join([numbers_table(evaluation.summary), *_class_lines(evaluation.per_class)])
 
 
 def numbers_table(summary: dict[str, float]) -> str:
@@ -201,7 +203,7 @@ def numbers_table(summary: dict[str, float]) -> str:
     return "\n".join("  ".join(f"{cell:>6}" for cell in row) for row in rows)
 
 
-def class_lines(per_class: dict[str, float]) -> list[str]:
+def _class_lines(per_class: dict[str, float]) -> list[str]:
     if not per_class:
         return []
     width = max(len(name) for name in per_class)

@@ -88,16 +88,17 @@ def fine_tuning(
             Default("schedule.drop_epochs", (drop,), "at four fifths, as the paper's 40 of 50")
         )
     for default in defaults:
-        config = with_value(config, default.field, default.value)
+        config = _with_value(config, default.field, default.value)
     return config, defaults
 
 
-def with_value(config: RunConfig, field: str, value: Any) -> RunConfig:
+def _with_value(config: RunConfig, field: str, value: Any) -> RunConfig:
     section, name = field.split(".")
     changed: Callable[..., Any] = replace
     return replace(config, **{section: changed(getattr(config, section), **{name: value})})
 
 
 def value_of(config: RunConfig, field: str) -> Any:
+    """Of a field such as "optimizer.lr"."""
     section, name = field.split(".")
     return getattr(getattr(config, section), name)

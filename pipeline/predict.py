@@ -24,7 +24,7 @@ from pipeline.data.batch import collate
 from pipeline.data.labels import Labels
 from pipeline.data.shards import ShardSet
 from pipeline.dataset import open_shards
-from pipeline.engine import AUTOCAST, choose_device
+from pipeline.engine import AUTOCAST, choose_device, naming_inference_memory
 from pipeline.errors import UserError
 from pipeline.predict_images import Prepared, prepare
 
@@ -50,6 +50,9 @@ class Detections:
 
 @dataclass(frozen=True)
 class Detector:
+    """A trained model on its device, in evaluation mode, with the categories of its columns and the
+    settings it was trained with."""
+
     model: nn.Module
     labels: Labels
     config: RunConfig
@@ -61,7 +64,8 @@ class Detector:
 
         device: auto (a GPU where there is one), cpu or cuda. precision: fp32, bf16 or fp16; empty:
         as the run was trained, on a CPU fp32 for fp16. Raises `UserError` when there is no
-        checkpoint, or for a device or precision that is not there."""
+        checkpoint, for one whose labels are not the model's, or for a device or precision that is
+        not there."""
         path = Path(path)
         if device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device: got {device!r}, expected auto, cpu or cuda")
@@ -82,16 +86,17 @@ class Detector:
             precision = precision or "fp32"
         if precision:
             config = replace(config, engine=replace(config.engine, precision=precision))
-        chosen = choose_device(config.engine)
+        chosen = choose_device(config.engine, "--device")
+        labels = Labels(tuple(content["labels"]["category_of"]), tuple(content["labels"]["names"]))
+        if labels.num_classes != config.model.num_classes:
+            raise UserError(
+                f"checkpoint {path}: got labels of {labels.num_classes} classes and "
+                f"model.num_classes {config.model.num_classes}, expected the same; it was edited, "
+                f"take it as training wrote it"
+            )
         model = build_model(config.model)
         model.load_state_dict(content["model"])
-        labels = content["labels"]
-        return Detector(
-            model.to(chosen).eval(),
-            Labels(tuple(labels["category_of"]), tuple(labels["names"])),
-            config,
-            chosen,
-        )
+        return Detector(model.to(chosen).eval(), labels, config, chosen)
 
     def predict(
         self, images: Iterable[Any], threshold: float = 0.0, most: int = 100, batch_size: int = 0
@@ -127,11 +132,14 @@ class Detector:
     def detect(
         self, images: Sequence[Prepared], threshold: float = 0.0, most: int = 100
     ) -> list[Detections]:
-        """One forward pass over a batch of one image or more."""
+        """One forward pass over a batch of one image or more. Raises `UserError` where it needs
+        more memory than there is."""
         records = [{"id": i, "height": p.height, "width": p.width} for i, p in enumerate(images)]
-        batch = collate([p.example for p in images], records).to(self.device)
+        batch = collate([p.example for p in images], records)
         dtype = AUTOCAST.get(self.config.engine.precision)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        with naming_inference_memory(tuple(batch.images.shape)), autocast:
+            batch = batch.to(self.device)
             outputs = self.model(batch.normalized_images(), batch.padding_mask)
         results = postprocess(outputs, batch.sizes.to(self.device), most)
         return [

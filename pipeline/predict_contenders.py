@@ -30,6 +30,8 @@ OTHERS = ("transformers", "onnx", "torch")
 
 @dataclass(frozen=True)
 class Contender:
+    """One of the implementations whose prediction is timed."""
+
     name: str
     what: str
     """What exactly runs, for the report."""
@@ -49,7 +51,7 @@ def detector_of(target: str, device: Any, precision: Any) -> Detector:
         config = recipe(target)
         config = replace(config, engine=replace(config.engine, device=device, precision="fp32"))
         torch.manual_seed(config.seed)
-        chosen = choose_device(config.engine)
+        chosen = choose_device(config.engine, "--device")
         columns = range(config.model.num_classes)
         labels = Labels(tuple(columns), tuple(f"class {column}" for column in columns))
         detector = Detector(build_model(config.model).to(chosen).eval(), labels, config, chosen)

@@ -105,6 +105,7 @@ def _unequal(mine: dict[str, Any], theirs: dict[str, Any], where: str) -> Iterat
 
 
 def write_evaluation(folder: Path, step: int, epoch: int, evaluation: Evaluation) -> None:
+    """Writes evaluations/step-NNNNNNNN.json: the epoch, COCO's numbers and AP by class."""
     path = _evaluation_path(folder, step)
     path.parent.mkdir(exist_ok=True)
     content = {"epoch": epoch, "summary": evaluation.summary, "per_class": evaluation.per_class}

@@ -77,7 +77,8 @@ def compare(
     for record in found:
         of_image.setdefault(record["image_id"], []).append(record)
     return [
-        compared(some, i, labels, of_image.get(int(some.image_id[i]), [])) for i in range(len(some))
+        _compared(some, i, labels, of_image.get(int(some.image_id[i]), []))
+        for i in range(len(some))
     ]
 
 
@@ -92,7 +93,9 @@ def sample(shards: ShardSet, count: int) -> ShardSet:
     return some
 
 
-def compared(shards: ShardSet, index: int, labels: Labels, found: list[dict[str, Any]]) -> Compared:
+def _compared(
+    shards: ShardSet, index: int, labels: Labels, found: list[dict[str, Any]]
+) -> Compared:
     column_of = labels.column_of()
     annotations = [
         a for a in objects(shards.read(index).annotations, column_of) if not a.get("iscrowd")

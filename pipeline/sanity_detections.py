@@ -48,34 +48,34 @@ class Compared:
         )  # fmt: skip
 
 
-def xywh(box: Array, size: Array) -> Array:
+def _xywh(box: Array, size: Array) -> Array:
     return np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
 
 
 def _flipped_x(box: Array, size: Array) -> Array:
-    x0, y0, x1, y1 = xywh(box, size).T
+    x0, y0, x1, y1 = _xywh(box, size).T
     return np.stack([size[0] - x1, y0, size[0] - x0, y1], axis=1)
 
 
 def _flipped_y(box: Array, size: Array) -> Array:
-    x0, y0, x1, y1 = xywh(box, size).T
+    x0, y0, x1, y1 = _xywh(box, size).T
     return np.stack([x0, size[1] - y1, x1, size[1] - y0], axis=1)
 
 
 def _turned(box: Array, size: Array) -> Array:
     """Drawn on the picture turned by 90 degrees clockwise, (x', y') = (height - y, x)."""
-    x0, y0, x1, y1 = xywh(box, size).T
+    x0, y0, x1, y1 = _xywh(box, size).T
     return np.stack([y0, size[1] - x1, y1, size[1] - x0], axis=1)
 
 
 def _turned_back(box: Array, size: Array) -> Array:
     """Drawn on the picture turned by 90 degrees anticlockwise, (x', y') = (y, width - x)."""
-    x0, y0, x1, y1 = xywh(box, size).T
+    x0, y0, x1, y1 = _xywh(box, size).T
     return np.stack([size[0] - y1, x0, size[0] - y0, x1], axis=1)
 
 
 def _scaled(factor: float) -> Reading:
-    return lambda box, size: xywh(box * factor, size)
+    return lambda box, size: _xywh(box * factor, size)
 
 
 def _centred(box: Array, size: Array) -> Array:
@@ -86,8 +86,8 @@ FACTORS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 4 / 3, 3 / 2, 2.0, 3.0, 4.0)
 READINGS: dict[str, Reading] = {
     "[x0, y0, x1, y1]": lambda box, size: box,
     "[centre x, centre y, width, height]": _centred,
-    "[y, x, height, width]": lambda box, size: xywh(box[:, [1, 0, 3, 2]], size),
-    "[x, y, width, height] as fractions of the image": lambda box, size: xywh(
+    "[y, x, height, width]": lambda box, size: _xywh(box[:, [1, 0, 3, 2]], size),
+    "[x, y, width, height] as fractions of the image": lambda box, size: _xywh(
         box * np.tile(size, 2), size
     ),
     "[centre x, centre y, width, height] as fractions of the image": lambda box, size: _centred(
@@ -121,7 +121,7 @@ def check_detections(
     if not confident and not pretrained:
         return []
     seen = sure if confident else images
-    agreeing = recall(seen, xywh)
+    agreeing = recall(seen, _xywh)
     if other := better_reading(seen, agreeing):
         return [other]
     if not confident or agreeing < 0.5 or not same_classes:
@@ -156,7 +156,7 @@ def check_training(
             )
         )
     third = len(losses) // 3
-    if third and recall(images, xywh) < 0.3:
+    if third and recall(images, _xywh) < 0.3:
         first, last = float(np.mean(losses[:third])), float(np.mean(losses[-third:]))
         if last >= 0.98 * first:
             findings.append(
@@ -203,7 +203,7 @@ def confusion(images: Sequence[Compared], classes: int) -> NDArray[np.int64]:
     for image in images:
         if not len(image.found) or not len(image.label):
             continue
-        over = iou(xywh(image.label, image.size), image.found) >= OVERLAP
+        over = iou(_xywh(image.label, image.size), image.found) >= OVERLAP
         best = np.where(over, image.score, -1.0).argmax(1)
         for i in np.flatnonzero(over.any(1)):
             matrix[image.label_class[i], image.found_class[best[i]]] += 1

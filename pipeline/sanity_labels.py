@@ -42,14 +42,14 @@ class Boxes:
         return float((proper & within).mean())
 
     def as_written(self) -> float:
-        return self.inside(as_xywh(self.box), self.size)
+        return self.inside(_as_xywh(self.box), self.size)
 
 
-def as_xywh(box: NDArray[np.float64]) -> NDArray[np.float64]:
+def _as_xywh(box: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
 
 
-def as_cxcywh(box: NDArray[np.float64]) -> NDArray[np.float64]:
+def _as_cxcywh(box: NDArray[np.float64]) -> NDArray[np.float64]:
     half = box[:, 2:] / 2
     return np.concatenate([box[:, :2] - half, box[:, :2] + half], axis=1)
 
@@ -60,13 +60,13 @@ def check_labels(train: dict[str, Any], val: dict[str, Any], config: RunConfig) 
     config: of the training, for its image sizes and number of queries.
     """
     return [
-        *box_findings(boxes_of(train, val), config.augment),
+        *box_findings(_boxes_of(train, val), config.augment),
         *class_findings(train, val),
         *object_findings([train, val], config),
     ]
 
 
-def boxes_of(*parts: dict[str, Any]) -> Boxes:
+def _boxes_of(*parts: dict[str, Any]) -> Boxes:
     rows: list[list[float]] = []
     for part in parts:
         sizes = {i["id"]: (i.get("width"), i.get("height")) for i in part["images"]}
@@ -116,13 +116,13 @@ def box_findings(boxes: Boxes, augment: AugmentConfig) -> Iterator[Finding]:
                 f"{seen}; all fit as [x0, y0, x1, y1]",
                 "subtract x0 and y0 from the last two numbers",
             )
-        elif boxes.inside(as_cxcywh(boxes.box), boxes.size) >= NEARLY_ALL:
+        elif boxes.inside(_as_cxcywh(boxes.box), boxes.size) >= NEARLY_ALL:
             yield Finding(
                 "boxes are centres",
                 f"{seen}; all fit as [centre x, centre y, width, height]",
                 "subtract half of width and height from the first two numbers",
             )
-        elif boxes.inside(as_xywh(boxes.box), turned) >= NEARLY_ALL:
+        elif boxes.inside(_as_xywh(boxes.box), turned) >= NEARLY_ALL:
             yield Finding(
                 "x and y are swapped",
                 f"{seen}; all fit where width and height of the image are exchanged",
@@ -165,7 +165,7 @@ def training_scale(size: NDArray[np.float64], augment: AugmentConfig) -> NDArray
 
 
 def _first_outside(boxes: Boxes) -> int:
-    corners = as_xywh(boxes.box)
+    corners = _as_xywh(boxes.box)
     out = (corners[:, 2:] > boxes.size + SLACK).any(1) | (corners[:, :2] < -SLACK).any(1)
     out |= (boxes.box[:, 2:] <= 0).any(1)
     return int(out.argmax())

@@ -72,19 +72,19 @@ def train_epoch(run: Run, progress: Progress, steps: Iterator[list[Batch]]) -> P
             said = f"left out (skipped in a row: {outcome.skipped}): {outcome.why}"
             run.log.write("event", progress.step, epochs(run, progress), event="message", text=said)
         last = progress.step == last_step
-        if last or is_multiple(progress.step, settings.log_every):
+        if last or _is_multiple(progress.step, settings.log_every):
             log_step(run, progress)
         if progress.step == run.config.engine.check_after:
             label_check(run, progress)
         if outcome.stop:
             stop(run, progress)
-        if outcome.save or (not last and is_multiple(progress.step, settings.checkpoint_steps)):
+        if outcome.save or (not last and _is_multiple(progress.step, settings.checkpoint_steps)):
             save(run, progress)
             clock.restart()
     return progress
 
 
-def is_multiple(step: int, period: int) -> bool:
+def _is_multiple(step: int, period: int) -> bool:
     return period > 0 and step % period == 0
 
 
@@ -109,6 +109,8 @@ def remaining_steps(run: Run, progress: Progress) -> Iterator[list[Batch]]:
 
 
 def log_step(run: Run, progress: Progress) -> None:
+    """Writes to the log what the meter has since the last time, the learning rate and the norm of
+    the gradient (collective). Raises what went wrong in writing a checkpoint."""
     run.checkpoints.raise_failure()
     values = run.state.meter.flush()
     values["lr"] = max(group["lr"] for group in run.state.engine.optimizer.param_groups)
@@ -120,6 +122,7 @@ def log_step(run: Run, progress: Progress) -> None:
 
 
 def save(run: Run, progress: Progress) -> None:
+    """Leaves a checkpoint of the step (collective). Raises where weights are not finite."""
     require_finite_weights(run.state.engine.module, progress.step)
     run.checkpoints.save(run.state, progress)
 

@@ -7,44 +7,6 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Still without one.
-LATER = {
-    "jobs.own_data.digest",
-    "jobs.own_data.images_in",
-    "jobs.own_data.is_given",
-    "jobs.own_data.train",
-    "jobs.own_data_report.fenced",
-    "jobs.own_data_report.next_commands",
-    "jobs.pyfunc_model.DetectorModel",
-    "jobs.serve_app.Service",
-    "jobs.serve_deployment.DetectorReplica",
-    "jobs.serve_deployment.Settings",
-    "jobs.serve_deployment.one_line",
-    "jobs.serve_door.Door",
-    "jobs.serve_metrics.Metrics",
-    "jobs.serve_replicas.Replicas",
-    "jobs.serve_requests.Limits",
-    "jobs.serve_requests.from_form",
-    "jobs.serve_requests.from_json",
-    "pipeline.benchmark_predict.table",
-    "pipeline.checkpoint_store.checkpoint_path",
-    "pipeline.coco_scores.summary_names",
-    "pipeline.data.shards.default_cache",
-    "pipeline.engine.stop_process_group",
-    "pipeline.fine_tuning.value_of",
-    "pipeline.fine_tuning.with_value",
-    "pipeline.predict.Detector",
-    "pipeline.predict_contenders.Contender",
-    "pipeline.run_folder.write_evaluation",
-    "pipeline.sanity_check.compared",
-    "pipeline.sanity_detections.xywh",
-    "pipeline.sanity_labels.as_cxcywh",
-    "pipeline.sanity_labels.as_xywh",
-    "pipeline.sanity_labels.boxes_of",
-    "pipeline.train.is_multiple",
-    "pipeline.train.log_step",
-    "pipeline.train.save",
-}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +26,7 @@ def test_the_reference_is_up_to_date(builder, capsys):
 def test_every_public_function_and_class_has_a_docstring(builder):
     """But for what --help tells: options of commands, what runs them, and entries of programs."""
     left = []
-    for name in set(builder.undocumented()) - LATER:
+    for name in builder.undocumented():
         last = name.rpartition(".")[2]
         if last != "main" and not last.endswith("Options") and not last.startswith("run_"):
             left.append(name)

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -273,16 +272,17 @@ def node(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def environment(node: Path, nodes: int) -> dict[str, str]:
+def environment(node: Path, nodes: int, job: int) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": f"{node}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": str(secrets.randbelow(10**7)),
+        "SLURM_JOB_ID": str(job),
         "SLURM_JOB_NODELIST": "node[1-]",
         "NODES": str(nodes),  # for the stand-in of scontrol
         "SLURM_CPUS_PER_TASK": "2",
         "HEAD_ADDRESS": "127.0.0.1",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",  # nothing is left to save
+        "RAY_memory_monitor_refresh_ms": "0",  # it would end the job for others' use of the memory
     }
 
 
@@ -327,13 +327,15 @@ def pretended(node: Path) -> Path:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """`start(node, nodes, …)`: the script, which with all it started is ended after the test."""
+    """`start(node, nodes, …)`: the script, which with all it started is ended after the test. As a
+    job that is queued again it has the same id each time."""
     started: list[subprocess.Popen] = []
+    job = secrets.randbelow(10**7)
 
     def run(node: Path, nodes: int, *arguments: str) -> subprocess.Popen:
         given = arguments or ("deformable_detr_r50", "--output", "/shared/runs/r50")
         script = subprocess.Popen(
-            ["bash", SLURM, *given], cwd=node, env=environment(node, nodes),
+            ["bash", SLURM, *given], cwd=node, env=environment(node, nodes, job),
             stdout=(node / "log").open("a"), stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         started.append(script)
@@ -409,13 +411,6 @@ def test_slurms_signal_has_the_training_save_and_queues_the_job_again(pretended,
 @pytest.mark.timeout(2400)
 def test_a_job_is_signalled_queued_again_and_finishes(node, drawn, start):
     """With Ray and a training, on this machine in place of the first node."""
-    ports = []
-    for name in ("dashboard-agent-listen-port", "ray-client-server-port"):
-        with socket.socket() as free:  # beside other clusters of this machine
-            free.bind(("127.0.0.1", 0))
-            ports.append(f"--{name}={free.getsockname()[1]}")
-    srun = (node / "bin/srun").read_text().replace('"$@"', f'"$@" {" ".join(ports)}')
-    (node / "bin/srun").write_text(srun)
     for package in ("cuda_ops", "jobs", "model", "pipeline", ".build"):
         (node / package).symlink_to(ROOT / package)
     options = (

@@ -25,8 +25,10 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${nodes[0]}
 # Where a node's name stands for loopback, or for a slow network, HEAD_ADDRESS says another.
 ip=${HEAD_ADDRESS:-$(getent ahostsv4 "$first" | awk 'NR == 1 { print $1 }')}
-port=$((20000 + SLURM_JOB_ID % 10000))
-address=http://127.0.0.1:$((port + 10000)) # this script runs on the first node, and so does the head
+# Four ports of this job, below those that the system gives to whoever asks for any.
+port=$((20000 + SLURM_JOB_ID % 3000 * 4)) dashboard=$((port + 1))
+agent=$((port + 2)) client=$((port + 3))
+address=http://127.0.0.1:$dashboard # this script runs on the first node, and so does the head
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
@@ -36,7 +38,8 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEO
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 srun --nodes=1 --ntasks=1 --nodelist="$first" \
     ray start --head --block --num-cpus "$SLURM_CPUS_PER_TASK" --node-ip-address "$ip" \
-    --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$((port + 10000))" \
+    --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
+    --dashboard-agent-listen-port "$agent" --ray-client-server-port "$client" \
     --temp-dir "/tmp/ray-$SLURM_JOB_ID" --disable-usage-stats &
 head=$!
 until python -m jobs status --address "$address" >/dev/null 2>&1; do
@@ -46,7 +49,8 @@ done
 others=$((${#nodes[@]} - 1))
 if [ "$others" -gt 0 ]; then
     srun --nodes="$others" --ntasks="$others" --exclude="$first" \
-        ray start --block --num-cpus "$SLURM_CPUS_PER_TASK" --address "$ip:$port" &
+        ray start --block --num-cpus "$SLURM_CPUS_PER_TASK" --address "$ip:$port" \
+        --dashboard-agent-listen-port "$agent" &
 fi
 
 # The job waits for nodes that are still starting.

@@ -32,7 +32,7 @@ def run_replay(args: list[str]) -> None:
     from pipeline.engine import choose_device
     from pipeline.replay import replay_saved, replay_step
 
-    device = choose_device(EngineConfig(device=options.device))
+    device = choose_device(EngineConfig(device=options.device), "--device")
     if options.path.is_dir():
         print(replay_step(options.path, options.step, device).report())
     else:

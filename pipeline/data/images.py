@@ -6,6 +6,7 @@ torch resizes several times as fast.
 """
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.data.colours import to_rgb
+from pipeline.data.colours import UnknownWhite, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What Pillow may open. Others are rare and their readers little tested, and EPS runs a program."""
@@ -45,15 +46,12 @@ def decode_image(data: bytes, needed: Size | None = None) -> tuple[Tensor, int, 
     if size is None or (needed is not None and _reduction(size, needed) > 1):
         return _by_pillow(data, needed)
     if size[0] * size[1] > MOST_PIXELS:
-        raise ValueError(
-            f"got {size[1]}x{size[0]} pixels, expected at most {MOST_PIXELS} in all (a "
-            f"decompression bomb otherwise); make the image smaller"
-        )
+        raise ValueError(f"got {size[1]}x{size[0]} pixels, {_FEWER}")
     try:
         # Copied, because torch does not take memory that cannot be written.
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB)
     except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError(_damaged(data, error)) from None
     return pixels, *pixels.shape[-2:]
 
 
@@ -122,8 +120,10 @@ def _by_pillow(data: bytes, needed: Size | None) -> tuple[Tensor, int, int]:
                 image = to_rgb(opened).resize(needed[::-1], _BILINEAR, part)
             else:
                 image = to_rgb(opened)
+        except UnknownWhite:
+            raise
         except _DAMAGED as error:
-            raise ValueError(_said(error)) from None
+            raise ValueError(_damaged(data, error)) from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1), height, width
 
 
@@ -132,20 +132,38 @@ def _opened(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        start = f"starts with {data[:12]!r}" if data else "is empty"
-        raise ValueError(f"got a file that {start}, expected {', '.join(FORMATS)}") from None
+        raise ValueError(f"got a file that {_start(data)}, expected {_WHOLE}") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"got a header of more pixels, {_FEWER}") from None
     except _DAMAGED as error:
-        raise ValueError(_said(error)) from None
+        raise ValueError(_damaged(data, error)) from None
 
 
 _DAMAGED = (
     OSError, SyntaxError, ValueError, OverflowError, EOFError, LookupError, struct.error, TypeError,
-    RuntimeError, Image.DecompressionBombError, MemoryError,
+    RuntimeError, MemoryError,
 )  # fmt: skip
+_WHOLE = f"a whole file of {', '.join(FORMATS)}"
+_FEWER = (
+    f"expected at most {MOST_PIXELS} in all (a decompression bomb otherwise); make the image "
+    f"smaller"
+)
+_PLACE = re.compile(r"^decode_jpeg, \S+:\d+, ")  # in torchvision's sources
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def _said(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+def _start(data: bytes) -> str:
+    return f"starts with {data[:12]!r}" if data else "is empty"
+
+
+def _damaged(data: bytes, error: BaseException) -> str:
+    """The line for a file that a decoder gave up: the same each time for the same bytes."""
+    first = (str(error).splitlines() or [""])[0] or type(error).__name__
+    reason = _ADDRESS.sub("", _PLACE.sub("", first))
+    return (
+        f"got a file of {len(data)} bytes that {_start(data)} and is damaged or cut off "
+        f"({reason}), expected {_WHOLE}; copy it again, or leave it out"
+    )
 
 
 def _plain_jpeg_size(data: bytes) -> Size | None:

@@ -55,7 +55,7 @@ class ShardSet:
         self.shard_sizes = [int(shard["samples"]) for shard in shards]
         self.cache: ShardCache | None = None
         if remote:
-            folder = Path(cache_dir or default_cache()).absolute()
+            folder = Path(cache_dir or _default_cache()).absolute()
             self.cache = _cache(self.folder, self.digest, shards, folder, int(cache_gb * 1e9))
         else:
             _check_sizes(Path(self.folder), shards)
@@ -155,7 +155,7 @@ def _cache(*arguments: Any) -> "ShardCache":
     return ShardCache(*arguments)
 
 
-def default_cache() -> Path:
+def _default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "deformable-detr-shards"
 

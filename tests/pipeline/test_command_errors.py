@@ -1,5 +1,8 @@
 """A user's mistake at the command line: one line on stderr, status 2, no traceback."""
 
+import signal
+from dataclasses import replace
+
 import pytest
 
 from pipeline.__main__ import COMMANDS
@@ -35,6 +38,24 @@ def test_one_clear_line(capsys, arguments, words):
     assert main("python -m pipeline", "", COMMANDS, arguments) == 2
     said = capsys.readouterr()
     check_one_line(said.out, said.err, words)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])
+def test_an_interrupted_command_says_so_in_one_line(capsys, monkeypatch, name):
+    def interrupted(args: list[str]) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], run=interrupted))
+    assert main("python -m pipeline", "", COMMANDS, [name]) == 130
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("interrupted")
+    assert len(said.err.splitlines()) == 1
+    monkeypatch.setenv("DETR_DEBUG", "1")
+    assert main("python -m pipeline", "", COMMANDS, [name], "gone") == 130
+    said = capsys.readouterr()
+    assert said.err.startswith("Traceback")
+    assert said.err.endswith("gone\n")
 
 
 def test_without_line_characters_the_message_is_the_same(run_command):

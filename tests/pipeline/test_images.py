@@ -2,6 +2,7 @@
 
 import io
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -132,6 +133,37 @@ def test_damage_anywhere_gives_an_image_or_an_error(name, data):
 def test_what_is_no_image_is_an_error(data):
     with pytest.raises(ValueError, match=r"."):
         decode_image(data)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "progressive", "grey jpeg", "png", "webp", "tiff", "gif"])
+def test_a_damaged_file_is_told_the_same_way_each_time(name):
+    """By its first bytes and what is expected; not by an address, or a line of a decoder."""
+    cut = FILES[name][: len(FILES[name]) // 2]
+    said = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match="expected a whole file of JPEG, PNG") as told:
+            decode_image(bytes(bytearray(cut)))
+        said.append(str(told.value))
+    assert said[0] == said[1]
+    assert f"starts with {cut[:12]!r}" in said[0]
+    assert f"{len(cut)} bytes" in said[0]
+    assert "copy it again" in said[0]
+
+
+def test_addresses_and_lines_of_decoders_are_left_out(monkeypatch):
+    """Those that decoders put into what they say."""
+    monkeypatch.setattr(
+        "pipeline.data.images.to_rgb",
+        Mock(side_effect=OSError("cannot identify image file <_io.BytesIO object at 0x7f12ab>")),
+    )
+    with pytest.raises(
+        ValueError, match=r"cannot identify image file <_io.BytesIO object>"
+    ) as told:
+        decode_image(FILES["png"])
+    assert "0x7" not in str(told.value)
+    no_table = FILES["jpeg"].replace(b"\xff\xdb", b"\xff\xfe")  # its tables as comments
+    with pytest.raises(ValueError, match=r"cut off \(Quantization table 0x00 was not defined\)"):
+        decode_image(no_table)
 
 
 def test_a_header_that_promises_far_too_much_is_an_error():

@@ -231,6 +231,22 @@ def test_a_file_is_named(detector, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_labels_of_another_number_than_the_models_are_refused(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["labels"] = {"category_of": [5, 9], "names": ["cat", "dog"]}
+    torch.save(content, tmp_path / "model.pt")
+    said = r"labels of 2 classes and model.num_classes 4, expected the same"
+    with pytest.raises(UserError, match=said) as told:
+        Detector.load(tmp_path / "model.pt")
+    assert "\n" not in str(told.value)
+
+
+def test_a_gpu_that_is_not_there_names_the_commands_option(checkpoint, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^--device: got cuda, .* use --device cpu"):
+        Detector.load(checkpoint, device="cuda")
+
+
 def test_precision(tmp_path):
     save_checkpoint(tmp_path / "model.pt", LABELS, precision="fp16")
     assert Detector.load(tmp_path / "model.pt").config.engine.precision == "fp32"

@@ -4,6 +4,7 @@ cannot be read is told, and nothing is mixed up."""
 import csv
 import json
 import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -61,6 +62,26 @@ def photos(tmp_path_factory) -> Path:
 def predict(*arguments: object) -> int:
     given = ["predict", *map(str, arguments), "--device", "cpu"]
     return main("python -m pipeline", "", COMMANDS, given)
+
+
+def test_an_interrupted_prediction_ends_and_leaves_nothing_that_looks_whole(
+    checkpoint, photos, tmp_path, capsys, monkeypatch
+):
+    """By Ctrl-C in the second batch, while others are read and drawn."""
+    detect, batches = Detector.detect, []
+
+    def interrupted(self, *arguments):
+        batches.append(1)
+        if len(batches) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return detect(self, *arguments)
+
+    monkeypatch.setattr(Detector, "detect", interrupted)
+    given = (checkpoint, photos, "--recursive", "--output", tmp_path / "out", "--batch-size", 2)
+    assert predict(*given) == 130
+    assert capsys.readouterr().err == "interrupted; what it was writing is not complete\n"
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written <= {"detections.json.partial", "detections.csv.partial", "pictures"}
 
 
 def test_what_is_written_is_what_is_found(checkpoint, photos, tmp_path, capsys):

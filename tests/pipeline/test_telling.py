@@ -2,6 +2,7 @@
 
 import errno
 import shlex
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,8 +14,26 @@ from jobs.driver import of_ray
 from jobs.launch import last_error
 from pipeline import cli
 from pipeline.__main__ import COMMANDS
-from pipeline.engine import naming_memory
+from pipeline.data.augment import Example
+from pipeline.data.batch import collate
+from pipeline.data.labels import Labels
+from pipeline.engine import naming_inference_memory, naming_memory
 from pipeline.errors import UserError
+from pipeline.evaluate import infer
+from pipeline.predict import Detector
+from pipeline.predict_images import Prepared
+from tests.pipeline.made_up_detector import save_checkpoint
+
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0")
+CPU_FULL = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+NO_OBJECTS = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Detector:
+    path = tmp_path_factory.mktemp("detector") / "model.pt"
+    save_checkpoint(path, Labels((1, 2), ("cat", "dog")))
+    return Detector.load(path, device="cpu")
 
 
 def test_both_packages_know_the_same_remedies():
@@ -83,6 +102,39 @@ def test_memory_says_the_batch_and_what_keeps_the_run():
     assert "on the CPU" in str(alone.value)
     with pytest.raises(RuntimeError, match="shapes"), naming_memory((1, 3, 8, 8)):
         raise RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize(
+    ("shape", "error", "words"),
+    [
+        ((5, 3, 800, 1333), GPU_FULL, ["on the GPU", "20.00 MiB", "5 x 3 x 800", "--batch-size 2"]),
+        ((4, 3, 64, 96), CPU_FULL, ["on the CPU", "4 x 3 x 64 x 96", "--batch-size 2 "]),
+        ((1, 3, 800, 1333), GPU_FULL, ["on the GPU", "--device cpu"]),
+        ((1, 3, 64, 96), CPU_FULL, ["on the CPU", "use a machine with more memory"]),
+    ],
+)
+def test_memory_of_a_prediction_and_an_evaluation(monkeypatch, detector, shape, error, words):
+    """Both name the batch and what to lower; not an option of training alone."""
+    monkeypatch.setattr(detector.model, "forward", Mock(side_effect=error))
+    images, _, height, width = shape
+    batch = [Example(torch.zeros(3, height, width, dtype=torch.uint8), *NO_OBJECTS)] * images
+    records = [{"id": i, "height": height, "width": width} for i in range(images)]
+    for run in (
+        lambda: detector.detect([Prepared(example, width, height) for example in batch]),
+        lambda: infer(detector.model, collate(batch, records), None),
+    ):
+        with pytest.raises(UserError) as told:
+            run()
+        for word in words:
+            assert word in str(told.value)
+        assert "micro-batch" not in str(told.value)
+        assert ("--batch-size" in str(told.value)) == (images > 1)
+
+
+def test_other_errors_of_a_prediction_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes") as told, naming_inference_memory((4, 3, 8, 8)):
+        raise RuntimeError("shapes differ")
+    assert not isinstance(told.value, UserError)
 
 
 def test_a_jobs_last_error_and_a_worker_killed_for_memory_are_told():
