@@ -41,7 +41,7 @@ def test_a_recipe_of_no_such_name_is_refused():
         recipe("demo_demo")
 
 
-@pytest.mark.chaos  # minutes; a training of the demo, of Faster R-CNN and of the paper's recipe stay
+@pytest.mark.chaos  # minutes; trainings of the demo, Faster R-CNN and the paper's recipe stay
 @pytest.mark.parametrize(
     ("name", "losses"),
     [
