@@ -359,7 +359,7 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
     assert "turned" in details[14]
     manifest = read_manifest(small.output)
     assert sorted(manifest.samples["id"]) == [15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 28]
-    assert [q["image_id"] for q in manifest.quarantined] == [11, 13, 15, 10, 60, 14, 25, 26, 27, 12]
+    assert [q["image_id"] for q in manifest.quarantined] == [11, 15, 10, 60, 14, 25, 26, 27, 12, 13]
     assert manifest.num_annotations == 13
     # Every annotation is in a shard, left out with its image, or an orphan.
     lost = sum(q["annotations"] for q in manifest.quarantined)
@@ -439,10 +439,11 @@ def test_the_two_faulty_annotations_of_train2017_are_reported(small):
 def test_strict_fails_and_without_it_the_work_is_kept(small):
     small()
     (small.images / "0.jpg").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"--strict: 1 problems, the first: corrupt image"):
+    with pytest.raises(ValueError, match=r"--strict: 1 problems, the first: unsupported image"):
         convert(*small.arguments, strict=True)
     assert not (small.output / "manifest.json").exists()
-    assert json.loads((small.output / "report.json").read_text())["counts"] == {"corrupt image": 1}
+    report = json.loads((small.output / "report.json").read_text())
+    assert report["counts"] == {"unsupported image": 1}
     assert convert(*small.arguments).manifest.num_images == 3
     with pytest.raises(ValueError, match="--strict"):
         convert(*small.arguments, strict=True)
