@@ -51,7 +51,8 @@ def _no_compiled_graphs_of_before() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_compiled_graphs_of_before")
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.chaos)]  # a minute
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.chaos)],  # a minute
 )
 def test_one_graph_with_its_backward_for_any_size(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
