@@ -1,4 +1,4 @@
-"""`python -m jobs submit|grid|compare|demo|status|logs|stop|resume`: training jobs on Ray."""
+"""`python -m jobs train|submit|grid|compare|serve|demo|status|logs|stop|resume`: jobs on Ray."""
 
 import signal
 import sys

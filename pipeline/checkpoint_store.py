@@ -163,6 +163,11 @@ def load_model(path: Path) -> dict[str, Any]:
         file = _best_or_newest(path)
     if file.is_dir():
         file = file / "model.pt"
+    if not file.exists() and (path / "config.json").is_file():
+        raise UserError(
+            f"run folder {path} has no checkpoint yet; training writes one at the end of each "
+            f"epoch, and every --engine.checkpoint-minutes within one"
+        )
     if not file.exists():
         raise UserError(
             f"{path} is not a checkpoint: expected a run folder, a step-… folder in "

@@ -49,7 +49,9 @@ class Report:
         if self.wider:
             rows.append(f"with the {self.wider.limits[-1]} best of each image")
             rows.append(numbers_table(self.wider.summary()))
-        rows.append(f"errors: what they cost of AP50 {self.errors.ap:.3f} (dAP), and how many")
+        rows.append(
+            f"errors: what they cost of AP50 {self.errors.ap:.3f} (dAP), and how many of any score"
+        )
         rows += [
             f"  {kind:<16}{self.errors.d_ap[kind]:.3f}  {self.errors.counts[kind]:>8}"
             for kind in KINDS

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from model.detr import build_model
@@ -111,6 +112,10 @@ class Detector:
         to one size. Raises `ValueError` that names the image for one that is none, and `OSError`
         for a file that cannot be read; images of the batches before have been given then.
         """
+        if isinstance(images, (str, Path, bytes, bytearray, np.ndarray, Image.Image)):
+            raise ValueError(
+                f"images: got one {type(images).__name__}, expected several: put it in a list"
+            )
         remaining = enumerate(images)
         size = batch_size or self.config.engine.evaluation_batch
         while part := list(islice(remaining, size)):

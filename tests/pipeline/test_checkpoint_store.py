@@ -178,3 +178,9 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
     assert [line["kind"] for line in read_lines(log.path)] == ["train", "train"]
     log.write("train", 3, 0.3, loss=0.5)
     assert [line["loss"] for line in read_lines(log.path)] == [1.0, 0.5, 0.5]
+
+
+def test_a_run_folder_of_a_training_that_has_only_begun_is_told_as_one(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no checkpoint yet; training writes one"):
+        load_model(tmp_path)

@@ -222,6 +222,12 @@ def test_what_is_no_image_is_named(detector, image, said):
         next(found)
 
 
+@pytest.mark.parametrize("one", ["a.jpg", b"GIF89a", np.zeros((4, 4, 3), np.uint8), photograph(1)])
+def test_one_image_alone_is_not_taken_for_several(detector, one):
+    with pytest.raises(ValueError, match="put it in a list"):
+        next(detector.predict(one))
+
+
 def test_a_file_is_named(detector, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match=r"image 0 .*a\.jpg"):
