@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import ray
 from ray.exceptions import RayError
 
 from jobs.forwarder import LAST_PAUSES, About, Forwarder, Source
-from jobs.group import Group, in_a_line
+from jobs.group import Group
+from jobs.lost import LESS_MEMORY, WorkersLost, in_a_line, killed_for_memory
 from jobs.resources import wants_gpu
 from jobs.spec import SPEC_VARIABLE, JobSpec
 from jobs.summary import summary
@@ -49,6 +51,7 @@ def run(spec: JobSpec) -> int:
     group = Group(spec, config, use_gpu)
     for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
         signal.signal(number, lambda *_: group.ask_to_stop())
+    print(starting(spec.workers, group.need), flush=True)
     forwarder = Forwarder(folder, uri, about(spec, config, dataset))
     printer = ProgressPrinter(folder, config.recipe)
     forwarder.start()
@@ -101,10 +104,23 @@ def about(spec: JobSpec, config: RunConfig, dataset: Dataset) -> About:
     return About(spec.experiment, params, tags, sources, name, spec.grid)
 
 
+def starting(workers: int, need: Mapping[str, float]) -> str:
+    """Said before the silence in which Ray starts them and they import torch."""
+    each = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
+    return (
+        f"starting {workers} workers of {each} each"
+        if workers > 1
+        else f"starting a worker of {each}"
+    )
+
+
 def main() -> int:
     try:
         return run(JobSpec.from_json(os.environ[SPEC_VARIABLE]))
-    except RayError as error:  # a worker, or its node, that is gone
+    except WorkersLost as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    except RayError as error:  # the cluster, or the driver's part in it, that is gone
         print(f"error: {of_ray(error)}", flush=True)
         return 1
     except Exception as error:
@@ -116,12 +132,7 @@ def main() -> int:
 def of_ray(error: RayError) -> str:
     """What ended the training, and what helps where it was memory."""
     line = in_a_line(error)
-    if "low on memory" in line:
-        line += (
-            "; lower --engine.loader-workers or --engine.micro-batch, or put fewer workers on a "
-            "node (--cpus-per-worker)"
-        )
-    return line
+    return f"{line}; {LESS_MEMORY}" if killed_for_memory(error) else line
 
 
 if __name__ == "__main__":

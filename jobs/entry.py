@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from jobs.lost import LESS_MEMORY
 from jobs.restarts import Restarts
 from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
 from pipeline.parent import end_with_parent
@@ -46,7 +47,8 @@ def main() -> int:
         restarts = restarts or Restarts(Path(spec.folder), spec.restarts)
         name = signal.Signals(-status).name
         if not restarts.allowed():
-            print(f"error: the driver was killed by {name}; {restarts}", flush=True)
+            memory = f"; where it was for memory: {LESS_MEMORY}" if name == "SIGKILL" else ""
+            print(f"error: the driver was killed by {name}; {restarts.spent()}{memory}", flush=True)
             return 1
         print(f"the driver was killed by {name}; {restarts}", flush=True)
 

@@ -1,7 +1,6 @@
 """A worker group of Ray Train around `pipeline.train.train`, started over after failures."""
 
 import os
-import re
 import threading
 import time
 from concurrent.futures import Future
@@ -9,13 +8,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import (
+    ControllerError,
+    RayTrainError,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 
 from jobs.fence import Fence
+from jobs.lost import LESS_MEMORY, WorkersLost, in_a_line, killed_for_memory, node_memory
 from jobs.process_group import ProcessGroupConfig
 from jobs.resources import Waiting, placement_groups, recount, release
 from jobs.restarts import Restarts
@@ -72,8 +77,9 @@ class Group:
     def train(self) -> bool:
         """Trains to the end of the schedule, or until `ask_to_stop`; whether it is the end.
 
-        Starts over after failures that may pass, as often as `Restarts` allows, and raises the
-        last one's cause.
+        Starts over after failures that may pass, as often as `Restarts` allows. Then it raises
+        `UserError` where memory was too small, `WorkersLost` where processes were lost for another
+        reason, and else the last failure's cause.
         """
         restarts = Restarts(self.folder, self.spec.restarts)
         while True:
@@ -88,8 +94,12 @@ class Group:
                 if self.asked:
                     print(f"while it was stopping: {in_a_line(cause)}", flush=True)
                     return False
-                if permanent or not restarts.allowed():
+                if permanent:
                     raise cause from error
+                if killed_for_memory(cause) and restarts.stuck():
+                    raise UserError(too_large(cause, restarts)) from error
+                if not restarts.allowed():
+                    raise last_failure(cause, restarts) from error
                 print(f"{in_a_line(cause)}; {restarts}; restarting", flush=True)
             else:
                 if reason in (FINISHED, ASKED):
@@ -150,25 +160,37 @@ class Group:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The exception of the worker that failed first, as far as it can be told: a user's mistake
-    rather than the collective that broke because of it."""
+    """The exception of the worker that failed first, as far as it can be told: a user's mistake, or
+    a process that is gone, rather than the collective that broke because of it."""
+    if isinstance(error, ControllerError):
+        return error.controller_failure
     if not isinstance(error, WorkerGroupError):
         return error
     failures: list[Any] = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
     causes = [getattr(f, "cause", None) or f for f in failures]
-    return next((c for c in causes if isinstance(c, PERMANENT)), causes[0] if causes else error)
+    for likely in (lambda c: isinstance(c, PERMANENT), killed_for_memory, is_loss):
+        if found := [cause for cause in causes if likely(cause)]:
+            return found[0]
+    return causes[0] if causes else error
 
 
-def in_a_line(error: BaseException) -> str:
-    """What happened. Of a process that is gone Ray tells in many lines, the reason in one of them:
-    "The actor died because its node has died.", "Memory on the node (IP: 10.0.0.1, ID: 3d40) was
-    22GB used / 23GB limit (0.95)"."""
-    text = str(error)
-    memory = re.search(r"Memory on the node \(IP: ([^,]+),.*?\) was (.+?) used / (.+?) limit", text)
-    if memory:
-        node, used, limit = memory.groups()
-        return f"a worker was killed: node {node} ran low on memory ({used} used of {limit})"
-    because = re.search(r"The actor[^.\n]* because[^.\n]*", text)
-    if because:
-        return because.group().replace("The actor", "a worker", 1)
-    return (text.strip().splitlines() or [type(error).__name__])[0]
+def is_loss(cause: BaseException) -> bool:
+    """Whether a process, a node or the resources for them are gone, by Ray's account."""
+    return isinstance(cause, (RayError, RayTrainError)) and not isinstance(cause, RayTaskError)
+
+
+def too_large(cause: BaseException, restarts: Restarts) -> str:
+    """The line for a run that was killed for memory twice at one place."""
+    return (
+        f"a training process was killed for memory twice, at step {restarts.killed_at} without a "
+        f"new one between: {node_memory(str(cause))}; {LESS_MEMORY}"
+    )
+
+
+def last_failure(cause: BaseException, restarts: Restarts) -> BaseException:
+    """What to raise for a failure after which the job may not start over."""
+    if killed_for_memory(cause):
+        return UserError(f"{in_a_line(cause)}; {LESS_MEMORY}; {restarts.spent()}")
+    if is_loss(cause):
+        return WorkersLost(f"training has lost its workers: {in_a_line(cause)}; {restarts.spent()}")
+    return cause

@@ -14,6 +14,7 @@ class Restarts:
         self.folder, self.limit = folder, limit
         self.newest = self._newest_step()
         self.failures = 0
+        self.killed_at: int | None = None  # step of the last kill for memory
 
     def allowed(self) -> bool:
         """Counts one more failure; whether the job may start over after it."""
@@ -22,11 +23,33 @@ class Restarts:
         self.newest = newest
         return self.failures <= self.limit
 
+    def stuck(self) -> bool:
+        """Notes that a process was killed for memory; whether the run has got no further since the
+        one before. A third start would end as the second did."""
+        before, self.killed_at = self.killed_at, self._last_step()
+        return before is not None and self.killed_at <= before
+
     def __str__(self) -> str:
         return f"restart {self.failures} of {self.limit} since the checkpoint of step {self.newest}"
+
+    def spent(self) -> str:
+        """Why the job does not start over, once `allowed` has said no."""
+        return (
+            f"failures since the checkpoint of step {self.newest}: {self.failures}, expected at "
+            f"most --restarts {self.limit}; the same command goes on from there"
+        )
 
     def _newest_step(self) -> int:
         # Imports torch, which the job's parent process does without unless its child dies.
         from pipeline.checkpoint_store import checkpoint_steps
 
         return max(checkpoint_steps(self.folder), default=0)
+
+    def _last_step(self) -> int:
+        """The last one that the run has logged or saved."""
+        from pipeline.tracking import read_lines
+
+        path = self.folder / "metrics.jsonl"
+        lines = read_lines(path) if path.exists() else []
+        logged = (line["step"] for line in lines if line["kind"] == "train")
+        return max(self._newest_step(), max(logged, default=0))

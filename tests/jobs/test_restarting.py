@@ -12,7 +12,7 @@ import pytest
 from jobs import entry, resources
 from jobs.__main__ import run_submit
 from jobs.fence import Fence
-from jobs.group import in_a_line
+from jobs.lost import in_a_line
 from jobs.process_group import interface_of
 from jobs.resources import Waiting, room, wants_gpu
 from jobs.restarts import Restarts
@@ -131,6 +131,8 @@ def test_failures_are_told_in_a_line():
         "a worker was killed: node 10.0.0.1 ran low on memory (21.93GB used of 23.54GB)"
     )
     assert in_a_line(RuntimeError()) == "RuntimeError"
+    bare = "A worker health check failed.\nThe actor is unavailable: keepalive watchdog timeout.\nX"
+    assert in_a_line(RuntimeError(bare)) == "The actor is unavailable: keepalive watchdog timeout."
 
 
 def node(alive: bool = True, **has: float) -> dict:
