@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import local_cluster
+from jobs.lost import of_supervisor
 from jobs.spec import JobSpec
 from jobs.submit import connect, follow, stop, submit
 from pipeline.errors import UserError
@@ -35,11 +36,23 @@ def finish(client: Any, job_id: str, stop_on_interrupt: bool) -> None:
             stop(client, job_id)
         raise
     if status != "SUCCEEDED":
-        said = last_error(client.get_job_logs(job_id))
+        said = last_error(client.get_job_logs(job_id)) or rays_reason(client, job_id, status)
         raise UserError(f"job {job_id} ended as {status}{said}; its log is above")
 
 
 def last_error(log: str) -> str:
-    """What the job's driver said last that it ended for, as ": …"; empty where it could not."""
-    told = [line for line in log.splitlines() if line.startswith("error: ")]
-    return f": {told[-1].removeprefix('error: ')}" if told else ""
+    """What the job's driver, or Ray in its place, said last that it ended for, as ": …"; empty
+    where neither could."""
+    lines = log.splitlines()
+    told = [
+        line.removeprefix("error: ") if line.startswith("error: ") else of_supervisor(line)
+        for line in lines
+    ]
+    return next((f": {line}" for line in reversed(told) if line), "")
+
+
+def rays_reason(client: Any, job_id: str, status: str) -> str:
+    """What Ray says of a job that failed without a word in its log, as ": …"."""
+    said = (client.get_job_info(job_id).message or "") if status == "FAILED" else ""
+    reason = said.partition(", last available logs")[0].strip().partition("\n")[0]
+    return f": {of_supervisor(reason) or reason}" if reason else ""

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+from jobs.lost import LOW_ON_MEMORY, of_supervisor
 from jobs.spec import ROOT, SPEC_VARIABLE, JobSpec
 from pipeline.cli import DEBUG_VARIABLE
 from pipeline.errors import UserError
@@ -25,6 +26,7 @@ RAY_TRAIN = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # that a node drains
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+NOISE = re.compile(r"INFO job_manager\.py:\d+ -- Runtime env is setting up\.")
 PROGRESS = re.compile(r"\d+%\|")  # a progress bar as tqdm draws it
 AGENT_TIMEOUT = 90.0  # seconds until a starting cluster must take jobs
 STOP_MARGIN = 20.0  # seconds that Ray may take beyond the job's own grace
@@ -153,11 +155,15 @@ def follow(client: Any, job_id: str) -> str:
 
 async def _stream(client: Any, job_id: str, redraw: bool) -> None:
     """Passes lines on; of progress bars, a terminal shows the latest in place, a file one every
-    few seconds."""
-    printed, pending, open_bar = 0.0, "", False
+    few seconds. Ray's page on a job that was killed for memory, the log's last, becomes a line."""
+    printed, pending, open_bar, killed = 0.0, "", False, False
     async for chunk in client.tail_job_logs(job_id):
         *lines, pending = (pending + chunk).split("\n")
         for line in lines:
+            if killed or NOISE.search(line):
+                continue
+            if LOW_ON_MEMORY in line and (told := of_supervisor(line)):
+                killed, line = True, f"error: {told}"
             bar = PROGRESS.search(line) is not None
             if bar and not redraw and time.monotonic() - printed < QUIET_SECONDS:
                 continue

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.error_table.files import COMMAND_LINES, JSON, PATHS, SHARDS
+from tests.error_table.memory import MEMORY
 from tests.error_table.place import Mistake, Said, contents, make_place, run
 from tests.error_table.training import CHECKPOINTS, CLUSTER, GRIDS, PORT, TRAINING
 
@@ -18,7 +19,7 @@ SECTIONS = {
     "Shards": SHARDS,
     "Checkpoints and weights": CHECKPOINTS,
     "Training": TRAINING,
-    "Clusters and tracking": CLUSTER,
+    "Clusters and tracking": [*CLUSTER, *MEMORY],
     "Grids": GRIDS,
 }
 MISTAKES = [(section, mistake) for section, ones in SECTIONS.items() for mistake in ones]
