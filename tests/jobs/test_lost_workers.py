@@ -17,6 +17,7 @@ from jobs.submit import _stream
 from pipeline.errors import Unreachable, UserError
 from pipeline.recipes import recipe
 from tests.error_table.memory import KILLED, Client, failing
+from tests.jobs.nodes import options
 
 HEALTH = "A worker health check failed."
 SUPERVISOR_LOG = f"Runtime\nepoch 1\nUnexpected error occurred: {KILLED}"
@@ -159,3 +160,21 @@ def test_what_ray_says_of_its_own_set_up_is_not_shown(capsys):
 def test_the_workers_are_announced():
     assert driver.starting(1, {"CPU": 1}) == "starting a worker of 1 CPU"
     assert driver.starting(4, {"CPU": 8, "GPU": 1}) == "starting 4 workers of 8 CPU and 1 GPU each"
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+def test_a_real_kill_for_memory_is_told_in_a_line(drawn, tmp_path, monkeypatch, run_command):
+    """Ray's monitor is told that 1% of the memory is all there is; none is filled."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "500")
+    done = run_command("jobs", *options(drawn, tmp_path / "run", 1, "--no-register"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: job run-0 ended as FAILED: ")
+    assert "node 127.0.0.1 ran low on memory (" in line
+    assert "--engine.micro-batch" in line
+    assert "Traceback" not in done.stdout
+    assert "bug of ours" not in done.stdout
+    assert "Workers killed" not in done.stdout
+    assert "Runtime env is setting up" not in done.stdout
