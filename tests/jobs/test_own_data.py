@@ -15,11 +15,13 @@ from jobs import own_data
 from jobs.__main__ import COMMANDS
 from jobs.own_data import is_given, recipe_of
 from jobs.own_data_report import advice_of, again, found
+from jobs.own_data_start import PUBLISHED, beginning, starts_from
 from model.detr import build_model
 from pipeline.checkpoint_store import Progress, write
 from pipeline.cli import _options_of, main
 from pipeline.config import RunConfig
 from pipeline.data.shards import ShardSet
+from pipeline.errors import UserError
 from pipeline.evaluate import NAMES as SUMMARY
 from pipeline.fine_tuning import fine_tuning
 from pipeline.recipes import recipe
@@ -94,19 +96,49 @@ def checkpoint(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "words"),
-    [("empty.pth", "demo", "cannot be read"), ("", "detr_r50_demo", "another architecture")],
+    ("content", "recipe", "words"),
+    [
+        (b"no weights", "demo", "cannot be read"),
+        (b'{"images": []}', "demo", "cannot be read"),
+        (b"", "detr_r50_demo", "another architecture"),
+    ],
 )
-def test_weights_that_do_not_fit_are_one_line(own, prepared, tmp_path, capsys, name, recipe, words):
+def test_weights_that_do_not_fit_are_one_line_before_anything_is_made(
+    own, tmp_path, capsys, content, recipe, words
+):
     weights = checkpoint(tmp_path)
-    if name:
-        weights = tmp_path / name
-        weights.write_bytes(b"no weights")
-    given = ("--prepare-only", "--weights", weights, "--recipe", recipe)
-    assert train(own, prepared, *given) == 2
+    if content:
+        weights = tmp_path / "given.pth"
+        weights.write_bytes(content)
+    assert train(own, tmp_path / "output", "--weights", weights, "--recipe", recipe) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert words in said
+    assert "--weights" in said
+    assert "init.weights" not in said
+    assert not (tmp_path / "output").exists()
+
+
+def test_it_begins_with_what_is_trained_and_where(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    demo, large = recipe("demo"), recipe(own_data.RECIPE)
+    parameters = sum(p.numel() for p in build_model(demo.model).parameters())
+    millions = f"{parameters / 1e6:.1f} million parameters"
+    assert beginning(demo, False, 4, "") == f"recipe demo, {millions}, on 2 GPUs"
+    assert beginning(large, True, 1, "").startswith(
+        "recipe deformable_detr_r50_two_stage (the default), "
+    )
+    assert "days" not in beginning(large, True, 1, "")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert beginning(demo, False, 1, "") == f"recipe demo, {millions}, on cpu"
+    assert "\nthere is no GPU here: such a training takes days" in beginning(large, True, 1, "")
+    assert beginning(large, False, 1, "http://a:1").endswith("parameters, on http://a:1")
+
+
+def test_weights_are_pointed_to_where_there_are_some():
+    assert "github.com/fundamentalvision" in starts_from(recipe("deformable_detr_r50_refine"))
+    assert "github" not in starts_from(recipe("demo"))
+    assert {name: recipe(name).recipe for name in PUBLISHED} == {name: name for name in PUBLISHED}
 
 
 def test_shards_of_both_parts_hold_all_pictures_once(own, prepared):
@@ -264,7 +296,10 @@ def test_images_without_objects_and_classes_are_counted(own):
 def test_the_recipe_may_stand_anywhere():
     assert recipe_of(["--a", "1", "--recipe", "demo", "--b"]) == ("demo", ["--a", "1", "--b"])
     assert recipe_of(["--recipe=detr_r50"]) == ("detr_r50", [])
-    assert recipe_of(["--x"])[0] == own_data.RECIPE
+    assert recipe_of(["--x"]) == ("", ["--x"])
+    for nameless in (["--recipe"], ["--recipe="], ["--recipe", "--output", "a"]):
+        with pytest.raises(UserError, match="pipeline recipes"):
+            recipe_of(nameless)
 
 
 def test_options_are_known_in_every_spelling():
@@ -326,5 +361,5 @@ def test_commands_of_the_guide_have_options_that_there_are():
     given = set(re.findall(r"(?<=[\s`(])--[a-z][a-z.-]+", guide))
     assert len(given) > 10
     known = {"--init.weights", *_options_of(own_data.OwnDataOptions)}
-    known |= {"--data", "--recipe"}  # of evaluate; and the word that comes before the others
+    known.add("--data")  # of evaluate
     assert given - known == set()
