@@ -90,13 +90,14 @@ def run_train(args: list[str]) -> None:
     )
     options = parse(OwnDataOptions, args, PROG, description, replace(default, config=chosen))
     config = complete(options, shards)
+    run = options.output.resolve() / "run"
+    finished = is_finished(run, config)
     given = {default.field for default in defaults if is_given(args, default.field)}
     prepared = check_data(options, config, shards, told(config, defaults, given))
     if options.prepare_only:
         print(f"prepared in {options.output}; without --prepare-only it is trained")
         return
-    run = options.output.resolve() / "run"
-    if not is_finished(run, config):
+    if not finished:
         train(options, config, run)
     print(
         report(
@@ -289,18 +290,26 @@ def check_data(
 
 
 def is_finished(run: Path, config: RunConfig) -> bool:
-    """Whether this very training has ended in the folder."""
+    """Whether this very training has ended in the folder. Raises `UserError` where the folder is
+    of a training with another config."""
     from pipeline.dataset import open_dataset
+    from pipeline.run_folder import differences
     from pipeline.tracking import read_lines
 
-    if not (run / "metrics.jsonl").is_file() or not (run / "config.json").is_file():
+    if not (run / "config.json").is_file():
         return False
     classes = open_dataset(config).labels.num_classes
     config = replace(config, model=replace(config.model, num_classes=classes))
     identity: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    lines = read_lines(run / "metrics.jsonl")
-    ended = any(line.get("event") == "finished" for line in lines)
-    return ended and identity["config_digest"] == config.digest()
+    if identity["config_digest"] != config.digest():
+        raise UserError(
+            f"--output {run.parent} holds a training with another config "
+            f"({differences(config, identity) or 'of an earlier version'}); give the same options "
+            f"as then to go on with it, or choose another --output"
+        )
+    if not (run / "metrics.jsonl").is_file():
+        return False
+    return any(line.get("event") == "finished" for line in read_lines(run / "metrics.jsonl"))
 
 
 def train(options: OwnDataOptions, config: RunConfig, run: Path) -> None:

@@ -70,7 +70,8 @@ def trained(monkeypatch):
         classes = ShardSet(config.data.train).categories
         config = replace(config, model=replace(config.model, num_classes=len(classes)))
         (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"config_digest": config.digest()}))
+        identity = {"config": json.loads(config.to_json()), "config_digest": config.digest()}
+        (folder / "config.json").write_text(json.dumps(identity))
         best = {"epoch": 2, "checkpoint": "step-00000004", "summary": dict.fromkeys(SUMMARY, 0.25),
                 "per_class": {"coin": 0.5, "tile": 0.125}}  # fmt: skip
         (folder / "best.json").write_text(json.dumps(best))
@@ -202,6 +203,28 @@ def test_changed_labels_are_refused_once_something_is_trained(own, prepared, tmp
     assert "made anew for other annotations, share" in capsys.readouterr().out
     assert len(ShardSet(output / "shards" / "val")) >= 18
     assert ShardSet(output / "shards" / "train").header["info"] == {"changed": True}
+
+
+def test_another_training_in_the_folder_is_refused_before_ray(
+    own, prepared, trained, tmp_path, capsys
+):
+    output = tmp_path / "output"
+    shutil.copytree(prepared, output)
+    assert train(own, output, "--schedule.epochs", 7) == 0
+    assert len(trained) == 1
+    capsys.readouterr()
+    assert train(own, output, "--schedule.epochs", 9) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "schedule.epochs: got 9, expected 7" in said.err
+    assert "choose another --output" in said.err
+    assert "label check" not in said.out
+    assert train(own, output, "--schedule.epochs", 7, "--recipe", "detr_r50_demo") == 2
+    assert "recipe: got detr_r50_demo, expected demo" in capsys.readouterr().err
+    assert len(trained) == 1
+    shutil.rmtree(output / "run")
+    assert train(own, output, "--schedule.epochs", 9) == 0
+    assert len(trained) == 2
 
 
 def test_wrong_labels_are_named_before_training(own, trained, tmp_path, capsys):
