@@ -16,7 +16,7 @@ from typing import Any
 from jobs.demo import step
 from jobs.grid_state import Code
 from jobs.launch import launch
-from jobs.own_data_report import Prepared, found, report
+from jobs.own_data_report import Prepared, found, in_shards, report
 from jobs.own_data_start import beginning, check_weights, starts_from, with_weights
 from jobs.spec import ROOT, JobSpec, from_the_root
 from jobs.tracking import check_tracking_uri
@@ -58,6 +58,8 @@ class OwnDataOptions:
     """A detector to start from: a published checkpoint of the recipe, or a run of ours."""
     prepare_only: bool = False
     """Convert, check the labels, print the defaults, and stop before training."""
+    train_anyway: bool = False
+    """Train even where the label check is sure that the boxes are in another format."""
     address: str = ""
     """Ray Jobs address, such as http://HOST:8265. Empty: a local Ray for this job alone."""
     workers: int = 1
@@ -262,7 +264,8 @@ def told(config: RunConfig, defaults: list[Default], given: set[str]) -> list[st
 def check_data(
     options: OwnDataOptions, config: RunConfig, shards: Path, defaults: list[str]
 ) -> Prepared:
-    """Prints and returns what the data are, what looks wrong with them, and the defaults."""
+    """Prints and returns what the data are, what looks wrong with them, and the defaults. Raises
+    `UserError` where the labels are surely wrong, unless they are to be trained on anyway."""
     from pipeline.data.shards import ShardSet
     from pipeline.sanity_labels import check_labels, left_out, shared_images
 
@@ -271,14 +274,25 @@ def check_data(
     if not options.val_annotations:
         files = (output / "split/train.json", output / "split/val.json")
     train, val = (json.loads(file.read_text(encoding="utf-8-sig")) for file in files if file)
+    sets = [ShardSet(shards / part) for part in ("train", "val")]
+    trained, validated = (
+        in_shards(content, shard_set.image_id.tolist())
+        for content, shard_set in zip((train, val), sets, strict=True)
+    )
     findings: list[Finding] = []
     for part, content in (("train", train), ("val", val)):
-        problems = json.loads((shards / part / "report.json").read_text(encoding="utf-8"))
-        findings += left_out(problems["problems"], len(content["images"]))
-    findings += check_labels(train, val, config)
-    findings += shared_images(ShardSet(shards / "train"), ShardSet(shards / "val"))
+        manifest = json.loads((shards / part / "manifest.json").read_text(encoding="utf-8"))
+        findings += left_out(manifest["quarantined"], len(content["images"]), part)
+    findings += [*check_labels(train, val, config), *shared_images(*sets)]
+    findings.sort(key=lambda finding: not finding.surely_wrong)
+    fewer = (len(train["images"]) - len(sets[0]), len(val["images"]) - len(sets[1]))
     prepared = Prepared(
-        found(train, val), [str(f) for f in findings], defaults, starts_from(config)
+        found(trained, validated, fewer),
+        [str(f) for f in findings],
+        defaults,
+        starts_from(config),
+        epochs=config.schedule.epochs,
+        subfolders=any("/" in str(image["file_name"]) for image in train["images"]),
     )
     step("data")
     print("\n".join(prepared.found))
@@ -286,6 +300,8 @@ def check_data(
     step("defaults for these images; every one can be given")
     print("\n".join(prepared.defaults))
     print(prepared.weights, flush=True)
+    if findings and findings[0].surely_wrong and not options.train_anyway:
+        raise UserError(f"{findings[0]}; --train-anyway trains on them as they are")
     return prepared
 
 

@@ -135,8 +135,7 @@ def with_own_class_heads(
     replaced = {
         name: fresh[name]
         for name, value in given.items()
-        if value.shape[1:] == fresh[name].shape[1:]
-        and (renamed or len(value) != len(fresh[name]))
+        if value.shape[1:] == fresh[name].shape[1:] and (renamed or len(value) != len(fresh[name]))
     }
     if not replaced:
         return dict(state), ""

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from jobs import own_data
 from jobs.__main__ import COMMANDS
 from jobs.own_data import is_given, recipe_of
-from jobs.own_data_report import advice_of, again, found
+from jobs.own_data_report import Prepared, advice_of, again, found, next_commands
 from jobs.own_data_start import PUBLISHED, beginning, starts_from
 from model.detr import build_model
 from pipeline.checkpoint_store import Progress, write
@@ -233,10 +234,50 @@ def test_wrong_labels_are_named_before_training(own, trained, tmp_path, capsys):
         x, y, w, h = a["bbox"]
         a["bbox"] = [x, y, x + w, y + h]
     labels = tmp_path / "corners.json"
+    content["images"].append(dict(content["images"][0], id=10**6, file_name="none.jpg"))
     labels.write_text(json.dumps(content))
-    assert train(own, tmp_path / "output", labels=labels) == 0
+    for option in ((), ("--prepare-only",)):
+        assert train(own, tmp_path / "output", *option, labels=labels) == 2
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1
+        assert said.err.startswith("error: label check: boxes are corners: ")
+        assert "--train-anyway" in said.err
+        first = next(line for line in said.out.splitlines() if line.startswith("label check"))
+        assert first.startswith("label check: boxes are corners")
+    assert trained == []
+    assert train(own, tmp_path / "output", "--train-anyway", labels=labels) == 0
     assert "label check: boxes are corners" in capsys.readouterr().out
-    assert "label check: boxes are corners" in (tmp_path / "output" / "report.md").read_text()
+    report = (tmp_path / "output" / "report.md").read_text()
+    assert "label check: boxes are corners" in report
+    assert "label check: images are left out: 1 of " in report
+    assert "no file 'none.jpg'" in report
+    assert report.count("(1 more images are left out)") == 1
+    assert "IMAGES --output predictions" in report
+    parts = [int(n) for n in re.findall(r"^(?:train|val): (\d+) images", report, re.M)]
+    assert sum(parts) == 40
+
+
+def test_photos_that_exif_turns_reach_the_remedy(tmp_path, capsys):
+    """The labels are of the pictures as a viewer shows them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "pictures").mkdir()
+    images, annotations = [], []
+    for i in range(6):
+        name = f"{i}.jpg"
+        Image.new("RGB", (80, 60), (i * 40, 9, 9)).save(tmp_path / "pictures" / name, exif=exif)
+        images.append({"id": i, "file_name": name, "width": 60, "height": 80})
+        box = {"id": i, "image_id": i, "category_id": 1, "bbox": [5, 30, 40, 40], "area": 1600}
+        annotations.append(box | {"iscrowd": 0})
+    content = {"images": images, "annotations": annotations}
+    content["categories"] = [{"id": 1, "name": "coin"}]
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    data = SimpleNamespace(images=tmp_path / "pictures", labels=tmp_path / "labels.json")
+    assert train(data, tmp_path / "output", "--prepare-only") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "turn the files (exiftran -ai, or jpegtran)" in said
+    assert "the labels can stay as they are" in said
 
 
 def test_a_validation_set_of_its_own(own, tmp_path, capsys):
@@ -329,6 +370,22 @@ def test_options_are_known_in_every_spelling():
     assert is_given(["--optimizer.batch_size=4"], "optimizer.batch_size")
     assert is_given(["--optimizer.batch-size", "4"], "optimizer.batch_size")
     assert not is_given(["--optimizer.batch-size", "4"], "schedule.epochs")
+
+
+@pytest.mark.parametrize("subfolders", [True, False])
+def test_what_is_next_can_be_pasted(tmp_path, subfolders):
+    output, command = tmp_path / "my own", shlex.split("python -m jobs train --output=a")
+    prepared = Prepared([], [], [], "", epochs=4, subfolders=subfolders)
+    command += ["--schedule.epochs", "4"]
+    predict, evaluate, resume, _, more = next_commands(output, command, prepared)
+    run = str(output / "run")
+    words = ["IMAGES", *(["--recursive"] if subfolders else []), "--output", "predictions"]
+    assert shlex.split(predict)[3:] == ["predict", run, *words]
+    assert shlex.split(evaluate)[4:] == [run, "--data", str(output / "shards" / "val")]
+    assert shlex.split(resume, comments=True)[3:] == ["resume", run]
+    assert shlex.split(more)[4:] == [
+        "--weights", run, "--output", f"{output}-more", "--schedule.epochs", "8",
+    ]  # fmt: skip
 
 
 def test_the_next_command_has_the_new_weights_alone():
