@@ -36,6 +36,10 @@ Image.init()  # all its readers are known by name from here on
 WHITE = 65535  # the largest grey value that training takes
 # Published boxes stick out of their images by rounding; more than this is a mistake.
 BOX_TOLERANCE = 1.0  # pixels
+TURN_THE_FILES = (
+    "turned by EXIF? Then turn the files (exiftran -ai, or jpegtran); the labels can stay as they "
+    "are"
+)
 _FRAME = struct.Struct(">BHHB")  # of a JPEG: bits, height, width, channels
 _LARGEST = sys.float_info.max
 _NUMBERS = frozenset((int, float))  # types that JSON numbers have, and True has not
@@ -173,7 +177,7 @@ def size_mismatch(recorded: tuple[Any, Any], actual: tuple[int, int], name: str)
         told is not None and (told != found or isinstance(told, bool))
         for told, found in zip(recorded, actual, strict=True)
     ):
-        turned = " (turned: is the file rotated by EXIF?)" if recorded == actual[::-1] else ""
+        turned = f"; {TURN_THE_FILES}" if recorded == actual[::-1] else ""
         told = "x".join(f"{side!r:.40}" for side in recorded)
         return f"record says {told}, {name!r} is {actual[0]}x{actual[1]}{turned}"
     return None

@@ -16,24 +16,21 @@ from typing import Any
 from jobs.demo import step
 from jobs.grid_state import Code
 from jobs.launch import launch
-from jobs.own_data_report import Prepared, found, report
+from jobs.own_data_report import Prepared, found, in_shards, report
+from jobs.own_data_start import beginning, check_weights, starts_from, with_weights
 from jobs.spec import ROOT, JobSpec, from_the_root
 from jobs.tracking import check_tracking_uri
 from pipeline.cli import REQUIRED, RunOptions, parse
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.fine_tuning import Default, fine_tuning, value_of
+from pipeline.fine_tuning import Default, as_option, fine_tuning, value_of
 from pipeline.recipes import recipe
 from pipeline.sanity import Finding
 from pipeline.whole_file import write_whole
 
 RECIPE = "deformable_detr_r50_two_stage"
 PROG = "python -m jobs train"
-NO_WEIGHTS = (
-    "no --weights: {start} A DETR learns to detect from tens of thousands of images; from few "
-    "hundred AP stays near 0. Download a detector of COCO for this recipe from the table in the "
-    "README of github.com/fundamentalvision/Deformable-DETR, and give its file as --weights"
-)
+LIST = "python -m pipeline recipes"
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,9 @@ class OwnDataOptions:
     """Annotation file in COCO's JSON format."""
     output: Path = REQUIRED
     """Folder for shards, run and report. The same command again goes on there."""
+    recipe: str = RECIPE
+    """The model and how it is trained. `python -m pipeline recipes` lists the names; with _demo
+    behind one, or demo, it is small enough for a CPU."""
     val_images: Path | None = None
     """Folder of the validation images. Default: --images."""
     val_annotations: Path | None = None
@@ -58,6 +58,8 @@ class OwnDataOptions:
     """A detector to start from: a published checkpoint of the recipe, or a run of ours."""
     prepare_only: bool = False
     """Convert, check the labels, print the defaults, and stop before training."""
+    train_anyway: bool = False
+    """Train even where the label check is sure that the boxes are in another format."""
     address: str = ""
     """Ray Jobs address, such as http://HOST:8265. Empty: a local Ray for this job alone."""
     workers: int = 1
@@ -75,40 +77,54 @@ def run_train(args: list[str]) -> None:
         f"images, training, report.\n\nExample: {PROG} --images pictures --annotations labels.json "
         f"--recipe {RECIPE} --weights official.pth --output outputs/own"
     )
-    options = parse(OwnDataOptions, args, PROG, description, OwnDataOptions(config=recipe(name)))
+    default = OwnDataOptions(config=recipe(name or RECIPE), recipe=name or RECIPE)
+    options = parse(OwnDataOptions, args, PROG, description, default)
     check(options)
+    print(beginning(options.config, not name, options.workers, options.address), flush=True)
+    check_weights(with_weights(options.config, options.weights))
     shards = prepare(options)
     # Once more, now that the number of images says what the defaults are.
     chosen, defaults = fine_tuning(
-        recipe(name),
+        default.config,
         _images_in(shards / "train"),
         options.config.optimizer.batch_size if is_given(args, "optimizer.batch_size") else 0,
         options.config.schedule.epochs if is_given(args, "schedule.epochs") else 0,
     )
-    options = parse(OwnDataOptions, args, PROG, description, OwnDataOptions(config=chosen))
+    options = parse(OwnDataOptions, args, PROG, description, replace(default, config=chosen))
     config = complete(options, shards)
+    run = options.output.resolve() / "run"
+    finished = is_finished(run, config)
     given = {default.field for default in defaults if is_given(args, default.field)}
     prepared = check_data(options, config, shards, told(config, defaults, given))
     if options.prepare_only:
         print(f"prepared in {options.output}; without --prepare-only it is trained")
         return
-    run = options.output.resolve() / "run"
-    if not is_finished(run, config):
+    if not finished:
         train(options, config, run)
-    print(report(options.output.resolve(), prepared, [*PROG.split(), "--recipe", name, *args]))
+    print(
+        report(
+            options.output.resolve(), prepared, [*PROG.split(), "--recipe", options.recipe, *args]
+        )
+    )
 
 
 def recipe_of(args: list[str]) -> tuple[str, list[str]]:
-    """The recipe's name, and the other arguments."""
-    name, rest, given = RECIPE, [], iter(args)
+    """The recipe's name ("": none is given), and the other arguments."""
+    name, rest, given = "", [], iter(args)
     for argument in given:
         if argument == "--recipe":
-            name = next(given, "")
+            name = _named(next(given, ""))
         elif argument.startswith("--recipe="):
-            name = argument.removeprefix("--recipe=")
+            name = _named(argument.removeprefix("--recipe="))
         else:
             rest.append(argument)
     return name, rest
+
+
+def _named(name: str) -> str:
+    if not name or name.startswith("-"):
+        raise UserError(f"--recipe: got {name!r}, expected a name; `{LIST}` lists them")
+    return name
 
 
 def is_given(args: list[str], field: str) -> bool:
@@ -221,17 +237,12 @@ def complete(options: OwnDataOptions, shards: Path) -> RunConfig:
     """The config with data and weights. Raises `UserError` for what does not go together."""
     from pipeline.data.loader import micro_batch_size  # brings torch
     from pipeline.dataset import open_dataset
-    from pipeline.initialise import initial_model
 
     config = options.config
     data = replace(config.data, train=str(shards / "train"), val=str(shards / "val"))
-    if options.weights:
-        config = replace(config, init=replace(config.init, weights=str(options.weights)))
-    config = from_the_root(replace(config, data=data))
+    config = from_the_root(replace(with_weights(config, options.weights), data=data))
     micro_batch_size(config, options.workers)
-    classes = open_dataset(config).labels.num_classes
-    if config.init.weights or config.init.backbone:  # a file that does not fit is told of here
-        initial_model(replace(config, model=replace(config.model, num_classes=classes)))
+    open_dataset(config)
     return config
 
 
@@ -240,7 +251,7 @@ def told(config: RunConfig, defaults: list[Default], given: set[str]) -> list[st
     size = config.augment
     return [
         *(
-            f"--{d.field.replace('_', '-')} {value_of(config, d.field)}: given"
+            f"{as_option(d.field, value_of(config, d.field))}: given"
             if d.field in given
             else str(d)
             for d in defaults
@@ -253,7 +264,8 @@ def told(config: RunConfig, defaults: list[Default], given: set[str]) -> list[st
 def check_data(
     options: OwnDataOptions, config: RunConfig, shards: Path, defaults: list[str]
 ) -> Prepared:
-    """Prints and returns what the data are, what looks wrong with them, and the defaults."""
+    """Prints and returns what the data are, what looks wrong with them, and the defaults. Raises
+    `UserError` where the labels are surely wrong, unless they are to be trained on anyway."""
     from pipeline.data.shards import ShardSet
     from pipeline.sanity_labels import check_labels, left_out, shared_images
 
@@ -262,45 +274,58 @@ def check_data(
     if not options.val_annotations:
         files = (output / "split/train.json", output / "split/val.json")
     train, val = (json.loads(file.read_text(encoding="utf-8-sig")) for file in files if file)
+    sets = [ShardSet(shards / part) for part in ("train", "val")]
+    trained, validated = (
+        in_shards(content, shard_set.image_id.tolist())
+        for content, shard_set in zip((train, val), sets, strict=True)
+    )
     findings: list[Finding] = []
     for part, content in (("train", train), ("val", val)):
-        problems = json.loads((shards / part / "report.json").read_text(encoding="utf-8"))
-        findings += left_out(problems["problems"], len(content["images"]))
-    findings += check_labels(train, val, config)
-    findings += shared_images(ShardSet(shards / "train"), ShardSet(shards / "val"))
-    prepared = Prepared(found(train, val), [str(f) for f in findings], defaults, weights(config))
+        manifest = json.loads((shards / part / "manifest.json").read_text(encoding="utf-8"))
+        findings += left_out(manifest["quarantined"], len(content["images"]), part)
+    findings += [*check_labels(train, val, config), *shared_images(*sets)]
+    findings.sort(key=lambda finding: not finding.surely_wrong)
+    fewer = (len(train["images"]) - len(sets[0]), len(val["images"]) - len(sets[1]))
+    prepared = Prepared(
+        found(trained, validated, fewer),
+        [str(f) for f in findings],
+        defaults,
+        starts_from(config),
+        epochs=config.schedule.epochs,
+        subfolders=any("/" in str(image["file_name"]) for image in train["images"]),
+    )
     step("data")
     print("\n".join(prepared.found))
     print("\n".join(prepared.findings or ["label check: nothing looks wrong"]))
     step("defaults for these images; every one can be given")
     print("\n".join(prepared.defaults))
     print(prepared.weights, flush=True)
+    if findings and findings[0].surely_wrong and not options.train_anyway:
+        raise UserError(f"{findings[0]}; --train-anyway trains on them as they are")
     return prepared
 
 
-def weights(config: RunConfig) -> str:
-    """What training starts from, in a sentence."""
-    if config.init.weights:
-        return f"starts from {config.init.weights}"
-    start = "training starts from random weights."
-    if config.init.backbone:
-        start = "training starts from the backbone's weights alone."
-    return NO_WEIGHTS.format(start=start)
-
-
 def is_finished(run: Path, config: RunConfig) -> bool:
-    """Whether this very training has ended in the folder."""
+    """Whether this very training has ended in the folder. Raises `UserError` where the folder is
+    of a training with another config."""
     from pipeline.dataset import open_dataset
+    from pipeline.run_folder import differences
     from pipeline.tracking import read_lines
 
-    if not (run / "metrics.jsonl").is_file() or not (run / "config.json").is_file():
+    if not (run / "config.json").is_file():
         return False
     classes = open_dataset(config).labels.num_classes
     config = replace(config, model=replace(config.model, num_classes=classes))
     identity: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    lines = read_lines(run / "metrics.jsonl")
-    ended = any(line.get("event") == "finished" for line in lines)
-    return ended and identity["config_digest"] == config.digest()
+    if identity["config_digest"] != config.digest():
+        raise UserError(
+            f"--output {run.parent} holds a training with another config "
+            f"({differences(config, identity) or 'of an earlier version'}); give the same options "
+            f"as then to go on with it, or choose another --output"
+        )
+    if not (run / "metrics.jsonl").is_file():
+        return False
+    return any(line.get("event") == "finished" for line in read_lines(run / "metrics.jsonl"))
 
 
 def train(options: OwnDataOptions, config: RunConfig, run: Path) -> None:

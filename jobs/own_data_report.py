@@ -3,11 +3,12 @@
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.objects import objects
 from pipeline.evaluate import Evaluation, table
 from pipeline.tracking import read_lines
 from pipeline.whole_file import write_whole
@@ -16,26 +17,49 @@ from pipeline.whole_file import write_whole
 @dataclass(frozen=True)
 class Prepared:
     """What was said before training, in lines: `found` in the data, `findings` of the label check,
-    `defaults` with their reasons, `weights` to start from."""
+    `defaults` with their reasons, `weights` to start from; and `epochs` of the training, and
+    whether the pictures lie in `subfolders`."""
 
     found: list[str]
     findings: list[str]
     defaults: list[str]
     weights: str
+    epochs: int
+    subfolders: bool
 
 
-def found(train: dict[str, Any], val: dict[str, Any]) -> list[str]:
-    """What two annotation files hold: images, objects, and objects by class."""
+def in_shards(content: dict[str, Any], image_ids: Iterable[int]) -> dict[str, Any]:
+    """Of an annotation file, the images that the conversion took and their annotations."""
+    taken = set(image_ids)
+    # The first record of an id is the one that was taken.
+    images = {i["id"]: i for i in reversed(content["images"]) if i["id"] in taken}
+    annotations = content.get("annotations") or []
+    return {
+        **content,
+        "images": list(images.values()),
+        "annotations": [
+            a for a in annotations if type(a.get("image_id")) is int and a["image_id"] in taken
+        ],
+    }
+
+
+def found(
+    train: dict[str, Any], val: dict[str, Any], left_out: tuple[int, int] = (0, 0)
+) -> list[str]:
+    """What two annotation files hold: images, objects, and objects by class.
+
+    left_out: images of each that are not in it any more.
+    """
     names = {c["id"]: str(c["name"]) for c in train["categories"]}
     counts = []
     lines = []
-    for part, content in (("train", train), ("val", val)):
-        objects = [a for a in content.get("annotations") or [] if a.get("category_id") in names]
-        count = Counter(names[a["category_id"]] for a in objects)
-        empty = len(content["images"]) - len({a.get("image_id") for a in objects})
+    for part, content, fewer in (("train", train, left_out[0]), ("val", val, left_out[1])):
+        trained = objects(content.get("annotations") or [], names)
+        count = Counter(names[a["category_id"]] for a in trained)
+        empty = len(content["images"]) - len({a.get("image_id") for a in trained})
         lines.append(
             f"{part}: {len(content['images'])} images, {empty} of them without objects; "
-            f"{count.total()} objects"
+            f"{count.total()} objects" + (f" ({fewer} more images are left out)" if fewer else "")
         )
         counts.append(count)
     width = max(map(len, names.values()))
@@ -52,7 +76,7 @@ def report(output: Path, prepared: Prepared, command: list[str]) -> str:
     lines = read_lines(run / "metrics.jsonl")
     said = [line["text"] for line in lines if line.get("event") == "message"]
     checks = [*prepared.findings, *(text for text in said if text.startswith("label check"))]
-    following = list(_next_commands(output, command))
+    following = list(next_commands(output, command, prepared))
     parts = [
         "# Trained on own data",
         f"Made by `{shlex.join(command)}`.",
@@ -103,13 +127,24 @@ def advice_of(lines: list[dict[str, Any]], best_epoch: int) -> Iterator[str]:
         )
 
 
-def _next_commands(output: Path, command: list[str]) -> Iterator[str]:
+def next_commands(output: Path, command: list[str], prepared: Prepared) -> Iterator[str]:
+    """What can be done with the run, as lines for a shell. command: that which trained it."""
     run, shards = output / "run", output / "shards"
-    yield f"python -m pipeline predict {run} IMAGES --output predictions"
-    yield f"python -m pipeline evaluate {run} --data {shards / 'val'}"
-    yield f"python -m jobs resume {run}  # after an interruption"
+    below = " --recursive" if prepared.subfolders else ""
+    yield shlex.join(["python", "-m", "pipeline", "predict", str(run)]) + (
+        f" IMAGES{below} --output predictions"
+    )
+    yield shlex.join(
+        ["python", "-m", "pipeline", "evaluate", str(run), "--data", str(shards / "val")]
+    )
+    yield shlex.join(["python", "-m", "jobs", "resume", str(run)]) + "  # after an interruption"
     yield "# more epochs: a new run from this one's weights"
-    yield shlex.join(again(command, {"--weights": str(run), "--output": f"{output}-more"}))
+    changed = {
+        "--weights": str(run),
+        "--output": f"{output}-more",
+        "--schedule.epochs": str(2 * prepared.epochs),
+    }
+    yield shlex.join(again(command, changed))
 
 
 def again(command: list[str], changed: dict[str, str]) -> list[str]:

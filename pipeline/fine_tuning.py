@@ -29,9 +29,14 @@ class Default:
     reason: str
 
     def __str__(self) -> str:
-        option = self.field.replace("_", "-")
-        value = f"{self.value:.4g}" if isinstance(self.value, float) else str(self.value)
-        return f"--{option} {value}: {self.reason}"
+        return f"{as_option(self.field, self.value)}: {self.reason}"
+
+
+def as_option(field: str, value: Any) -> str:
+    """As it is written on a command line: "--schedule.drop-epochs 40 45"."""
+    values = value if isinstance(value, tuple) else (value,)
+    words = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+    return " ".join((f"--{field.replace('_', '-')}", *words))
 
 
 def fine_tuning(

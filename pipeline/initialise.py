@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ PUBLISHED_CLASS_HEAD = re.compile(r"^(transformer\.decoder\.)?class_embed\.(\d+\
 BOTH_CLASS_HEADS = re.compile(r"^roi_heads\.box_predictor\.(cls_score|bbox_pred)\.(weight|bias)$")
 
 
-def initial_model(config: RunConfig) -> tuple[nn.Module, str]:
+def initial_model(config: RunConfig, names: Sequence[str] = ()) -> tuple[nn.Module, str]:
     """The model with which a run starts, the same on every rank, and what the log says of it.
 
+    names: of the classes by column, as in `Labels`; without them only their number is compared.
     Raises `UserError` for a file that is missing, is no checkpoint, or is of another architecture.
     """
     seed_step(config.seed, 0, 0)
@@ -39,7 +40,7 @@ def initial_model(config: RunConfig) -> tuple[nn.Module, str]:
         except ValueError as error:
             raise UserError(f"init.backbone {backbone}: {shortened(str(error))}") from None
     if weights:
-        return model, load_weights(model, Path(weights), config.model)
+        return model, load_weights(model, Path(weights), config.model, names)
     if not backbone and config.model.backbone not in TINY:
         return model, (
             f"{config.model.backbone} starts from random weights; --init.backbone FILE gives it "
@@ -48,15 +49,18 @@ def initial_model(config: RunConfig) -> tuple[nn.Module, str]:
     return model, ""
 
 
-def load_weights(model: nn.Module, path: Path, config: ModelConfig) -> str:
+def load_weights(
+    model: nn.Module, path: Path, config: ModelConfig, names: Sequence[str] = ()
+) -> str:
     """Loads a checkpoint of ours or a published one into `model`, and says what it did.
 
     path: a run folder, a checkpoint folder, a model.pt, or a file in the published names of
-    Deformable DETR, DETR or torchvision's Faster R-CNN. Class heads for another number of classes
-    stay as `model` has them, freshly initialised, those of the first stage too; everything else
-    is loaded strictly. Raises `UserError` where it does not fit.
+    Deformable DETR, DETR or torchvision's Faster R-CNN. Class heads for another number of classes,
+    or for classes of other `names` or in another order, stay as `model` has them, freshly
+    initialised, those of the first stage too; everything else is loaded strictly. Published files
+    carry no names. Raises `UserError` where it does not fit.
     """
-    state, theirs = read_weights(path)
+    state, theirs, their_names = read_weights(path)
     if not any(is_class_head(name) for name in state):
         raise UserError(
             f"init.weights {path}: got {len(state)} tensors and no class head among them, expected "
@@ -64,7 +68,8 @@ def load_weights(model: nn.Module, path: Path, config: ModelConfig) -> str:
             f"backbone's weights are for --init.backbone"
         )
     try:
-        fitted, replaced = with_own_class_heads(state, model)
+        others = their_names if names and their_names else ()
+        fitted, replaced = with_own_class_heads(state, model, others, names)
         if is_ours(state):
             load_ours(model, fitted, theirs, config)
         else:
@@ -74,15 +79,16 @@ def load_weights(model: nn.Module, path: Path, config: ModelConfig) -> str:
     return f"init.weights {path}: " + (replaced or f"all {len(state)} tensors are loaded")
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint, and the fields of its ModelConfig where it is one of ours."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """The tensors of a checkpoint, and where it is one of ours the fields of its ModelConfig and
+    the names of its classes by column."""
     if not path.exists():
         raise UserError(f"weights {str(path)!r}: no such file or folder on this machine")
     try:
         if path.is_file():
             state = read_state_dict(path)
             if not is_ours(state):
-                return state, {}
+                return state, {}, []
         content = load_model(path)
         theirs = json.loads(content["config"])["model"]
     except (ValueError, RecursionError) as error:
@@ -91,7 +97,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"init.weights {path}: its config names no model; is it damaged?") from None
     if not isinstance(theirs, dict):
         raise UserError(f"init.weights {path}: its config names no model; is it damaged?")
-    return content["model"], theirs
+    labels = content.get("labels")
+    theirs_by_column = labels.get("names", ()) if isinstance(labels, dict) else ()
+    return content["model"], theirs, [str(name) for name in theirs_by_column]
 
 
 def is_ours(state: Mapping[str, Tensor]) -> bool:
@@ -106,10 +114,14 @@ def is_class_head(name: str) -> bool:
 
 
 def with_own_class_heads(
-    state: Mapping[str, Tensor], model: nn.Module
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    their_names: Sequence[str] = (),
+    names: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], str]:
-    """`state` with the model's class heads in place of those that differ in their rows alone, and
-    a sentence about them ("" where none differs)."""
+    """`state` with the model's class heads in place of those that differ in their rows alone, or
+    of all where `their_names` of the classes are known and others than `names`; and a sentence
+    about them ("" where none differs)."""
     own = {name: x for name, x in model.state_dict().items() if is_class_head(name)}
     # Every class head of a DETR starts as a copy of one, so one stands for all, under any name.
     any_head = {name.rsplit(".", 1)[1]: value for name, value in own.items()}
@@ -119,19 +131,29 @@ def with_own_class_heads(
     rows = {len(given[name]) for name in classes if given[name].dim()}
     if len(rows) != 1:
         raise ValueError(f"class heads: got {sorted(rows)} classes, expected one number in all")
+    renamed = bool(their_names) and list(their_names) != list(names)
     replaced = {
         name: fresh[name]
         for name, value in given.items()
-        if value.shape[1:] == fresh[name].shape[1:] and len(value) != len(fresh[name])
+        if value.shape[1:] == fresh[name].shape[1:] and (renamed or len(value) != len(fresh[name]))
     }
-    sentence = ""
-    if replaced:
-        sentence = (
-            f"re-initialised {', '.join(own)}, because the checkpoint's class heads have "
-            f"{rows.pop()} rows and this run's {len(fresh[classes[0]])}; all other tensors are "
-            f"loaded"
-        )
-    return {**state, **replaced}, sentence
+    if not replaced:
+        return dict(state), ""
+    theirs, ours = rows.pop(), len(fresh[classes[0]])
+    why = f"class heads have {theirs} rows and this run's {ours}"
+    if theirs == ours:
+        why = f"classes are {_listed(their_names)} and this run's {_listed(names)}"
+    return {**state, **replaced}, (
+        f"re-initialised {', '.join(own)}, because the checkpoint's {why}; all other tensors are "
+        f"loaded"
+    )
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    """Of columns that have a name."""
+    named = [f"{name:.40}" for name in names if name]
+    rest = len(named) - most
+    return ", ".join(named[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def load_ours(

@@ -138,7 +138,7 @@ def replay_step(folder: Path, step: int, device: torch.device) -> Replayed:
     dataset = open_dataset(config)
     config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
     start_process_group(device)
-    model, _ = initial_model(config)
+    model, _ = initial_model(config, dataset.labels.names)
     epoch_steps = steps_per_epoch(dataset.train, config.optimizer.batch_size)
     state = new_state(config, model.to(device), epoch_steps)
     path = _checkpoint_before(folder, step)

@@ -62,7 +62,8 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
     dataset = open_dataset(config)
     config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
     epoch_steps = steps_per_epoch(dataset.train, config.optimizer.batch_size)
-    model, initial = initial_model(config)  # before the folder is claimed: it may find a mistake
+    # Before the folder is claimed: it may find a mistake.
+    model, initial = initial_model(config, dataset.labels.names)
     rank, world = start_process_group(device, config.engine.collective_timeout)
     with hold(folder, rank == 0), stop_request(folder, look=rank == 0) as request:
         if rank == 0:

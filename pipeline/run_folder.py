@@ -67,7 +67,7 @@ def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
             got, expected = identity[f"{part}_digest"], before[f"{part}_digest"]
             if got != expected:
                 what = "config" if part == "config" else f"data.{part}"
-                said = _differences(config, before) if part == "config" else ""
+                said = differences(config, before) if part == "config" else ""
                 said = said or f"got digest {got[:12]}, expected {expected[:12]}"
                 raise UserError(
                     f"run folder {folder} belongs to another {what}: {said}; "
@@ -86,7 +86,7 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _differences(config: RunConfig, before: dict[str, Any]) -> str:
+def differences(config: RunConfig, before: dict[str, Any]) -> str:
     """What decides the result and differs from the folder's config.json, as far as it can be told:
     "schedule.epochs: got 4, expected 2"."""
     try:

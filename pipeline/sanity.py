@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """`kind`: a short name, as in docs/own_data.md; `evidence`: what was seen, in numbers."""
+    """`kind`: a short name, as in docs/own_data.md; `evidence`: what was seen, in numbers;
+    `surely_wrong`: whether nothing good can come of a training on such labels."""
 
     kind: str
     evidence: str
     remedy: str
+    surely_wrong: bool = False
 
     def __str__(self) -> str:
         return f"label check: {self.kind}: {self.evidence}; {self.remedy}"

@@ -22,6 +22,8 @@ SLACK = 1.0  # pixels that a box may leave its image by, of rounding
 FEWEST = 5  # boxes from which on something is said of what most of them have in common
 NEARLY_ALL = 0.99
 MOST_EVALUATED = 100  # detections of an image that COCO's AP counts
+WRONG_SIZE = "size mismatch: "  # how the conversion's reason begins
+SHOWN = 3  # of the images left out
 TINY = 8.0  # pixels: the stride of the finest feature map
 
 
@@ -102,6 +104,7 @@ def box_findings(boxes: Boxes, augment: AugmentConfig) -> Iterator[Finding]:
             f"{_text(boxes.box[0])} in an image of {_pixels(boxes.size[0])}",
             "COCO's boxes are pixels: multiply x and width by the image's width, y and height "
             "by its height",
+            surely_wrong=True,
         )
         return
     if (out := 1 - boxes.as_written()) >= 0.02:
@@ -115,19 +118,23 @@ def box_findings(boxes: Boxes, augment: AugmentConfig) -> Iterator[Finding]:
                 "boxes are corners",
                 f"{seen}; all fit as [x0, y0, x1, y1]",
                 "subtract x0 and y0 from the last two numbers",
+                surely_wrong=True,
             )
         elif boxes.inside(_as_cxcywh(boxes.box), boxes.size) >= NEARLY_ALL:
             yield Finding(
                 "boxes are centres",
                 f"{seen}; all fit as [centre x, centre y, width, height]",
                 "subtract half of width and height from the first two numbers",
+                surely_wrong=True,
             )
         elif boxes.inside(_as_xywh(boxes.box), turned) >= NEARLY_ALL:
             yield Finding(
                 "x and y are swapped",
                 f"{seen}; all fit where width and height of the image are exchanged",
-                "either the boxes are [y, x, height, width], or the sizes or the pictures are "
-                "turned (EXIF): save the pictures upright and label those",
+                "either the boxes are [y, x, height, width], or they are drawn on pictures as EXIF "
+                "turns them: then turn the files (exiftran -ai, or jpegtran) and exchange width "
+                "and height of those images in the list; the boxes can stay as they are",
+                surely_wrong=True,
             )
         else:
             yield Finding(
@@ -283,17 +290,34 @@ def object_findings(parts: Iterable[dict[str, Any]], config: RunConfig) -> Itera
         )
 
 
-def left_out(problems: Iterable[dict[str, Any]], images: int) -> Iterator[Finding]:
-    """Of images that the conversion left out. problems: of its report.json; images: those given."""
-    sizes = [p for p in problems if p["kind"] == "size mismatch"]
+def left_out(quarantined: Iterable[dict[str, Any]], images: int, part: str) -> Iterator[Finding]:
+    """Of images that the conversion left out. quarantined: of its manifest; images: those given;
+    part: "train" or "val"."""
+    reasons = [str(row["reason"]) for row in quarantined]
+    sizes = [r.removeprefix(WRONG_SIZE) for r in reasons if r.startswith(WRONG_SIZE)]
     if sizes:
-        turned = sum("turned" in p["detail"] for p in sizes)
+        turned = sum("turned" in detail for detail in sizes)
+        remedy = "they are left out: boxes drawn on other pixels are wrong boxes"
+        if turned:
+            remedy += (
+                "; turned ones are mostly photos with an EXIF rotation: turn the files (exiftran "
+                "-ai, or jpegtran), the labels can stay as they are"
+            )
         yield Finding(
             "image sizes are wrong",
-            f"{len(sizes)} of {images} images have another size than the annotation file says, "
-            f"{turned} of them width and height exchanged; the first: {sizes[0]['detail']}",
-            "they are left out: boxes drawn on other pixels are wrong boxes; for turned ones save "
-            "the pictures upright (EXIF applied) and label those",
+            f"{len(sizes)} of {images} {part} images have another size than the annotation file "
+            f"says, {turned} of them width and height exchanged: "
+            f"{_listed([detail.split('; ')[0] for detail in sizes], SHOWN)}",
+            remedy,
+        )
+    if others := [reason for reason in reasons if not reason.startswith(WRONG_SIZE)]:
+        count = Counter(reason.split(": ")[0] for reason in others)
+        yield Finding(
+            "images are left out",
+            f"{len(others)} of {images} {part} images are not trained on or evaluated ("
+            f"{', '.join(f'{n} {kind}' for kind, n in count.most_common())}): "
+            f"{_listed(others, SHOWN)}",
+            "mend these files or their records, or take them out of the list",
         )
 
 

@@ -10,16 +10,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from jobs import own_data
 from jobs.__main__ import COMMANDS
 from jobs.own_data import is_given, recipe_of
-from jobs.own_data_report import advice_of, again, found
+from jobs.own_data_report import Prepared, advice_of, again, found, next_commands
+from jobs.own_data_start import PUBLISHED, beginning, starts_from
 from model.detr import build_model
 from pipeline.checkpoint_store import Progress, write
 from pipeline.cli import _options_of, main
 from pipeline.config import RunConfig
 from pipeline.data.shards import ShardSet
+from pipeline.errors import UserError
 from pipeline.evaluate import NAMES as SUMMARY
 from pipeline.fine_tuning import fine_tuning
 from pipeline.recipes import recipe
@@ -68,7 +71,8 @@ def trained(monkeypatch):
         classes = ShardSet(config.data.train).categories
         config = replace(config, model=replace(config.model, num_classes=len(classes)))
         (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"config_digest": config.digest()}))
+        identity = {"config": json.loads(config.to_json()), "config_digest": config.digest()}
+        (folder / "config.json").write_text(json.dumps(identity))
         best = {"epoch": 2, "checkpoint": "step-00000004", "summary": dict.fromkeys(SUMMARY, 0.25),
                 "per_class": {"coin": 0.5, "tile": 0.125}}  # fmt: skip
         (folder / "best.json").write_text(json.dumps(best))
@@ -94,19 +98,49 @@ def checkpoint(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "words"),
-    [("empty.pth", "demo", "cannot be read"), ("", "detr_r50_demo", "another architecture")],
+    ("content", "recipe", "words"),
+    [
+        (b"no weights", "demo", "cannot be read"),
+        (b'{"images": []}', "demo", "cannot be read"),
+        (b"", "detr_r50_demo", "another architecture"),
+    ],
 )
-def test_weights_that_do_not_fit_are_one_line(own, prepared, tmp_path, capsys, name, recipe, words):
+def test_weights_that_do_not_fit_are_one_line_before_anything_is_made(
+    own, tmp_path, capsys, content, recipe, words
+):
     weights = checkpoint(tmp_path)
-    if name:
-        weights = tmp_path / name
-        weights.write_bytes(b"no weights")
-    given = ("--prepare-only", "--weights", weights, "--recipe", recipe)
-    assert train(own, prepared, *given) == 2
+    if content:
+        weights = tmp_path / "given.pth"
+        weights.write_bytes(content)
+    assert train(own, tmp_path / "output", "--weights", weights, "--recipe", recipe) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert words in said
+    assert "--weights" in said
+    assert "init.weights" not in said
+    assert not (tmp_path / "output").exists()
+
+
+def test_it_begins_with_what_is_trained_and_where(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    demo, large = recipe("demo"), recipe(own_data.RECIPE)
+    parameters = sum(p.numel() for p in build_model(demo.model).parameters())
+    millions = f"{parameters / 1e6:.1f} million parameters"
+    assert beginning(demo, False, 4, "") == f"recipe demo, {millions}, on 2 GPUs"
+    assert beginning(large, True, 1, "").startswith(
+        "recipe deformable_detr_r50_two_stage (the default), "
+    )
+    assert "days" not in beginning(large, True, 1, "")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert beginning(demo, False, 1, "") == f"recipe demo, {millions}, on cpu"
+    assert "\nthere is no GPU here: such a training takes days" in beginning(large, True, 1, "")
+    assert beginning(large, False, 1, "http://a:1").endswith("parameters, on http://a:1")
+
+
+def test_weights_are_pointed_to_where_there_are_some():
+    assert "github.com/fundamentalvision" in starts_from(recipe("deformable_detr_r50_refine"))
+    assert "github" not in starts_from(recipe("demo"))
+    assert {name: recipe(name).recipe for name in PUBLISHED} == {name: name for name in PUBLISHED}
 
 
 def test_shards_of_both_parts_hold_all_pictures_once(own, prepared):
@@ -172,16 +206,78 @@ def test_changed_labels_are_refused_once_something_is_trained(own, prepared, tmp
     assert ShardSet(output / "shards" / "train").header["info"] == {"changed": True}
 
 
+def test_another_training_in_the_folder_is_refused_before_ray(
+    own, prepared, trained, tmp_path, capsys
+):
+    output = tmp_path / "output"
+    shutil.copytree(prepared, output)
+    assert train(own, output, "--schedule.epochs", 7) == 0
+    assert len(trained) == 1
+    capsys.readouterr()
+    assert train(own, output, "--schedule.epochs", 9) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "schedule.epochs: got 9, expected 7" in said.err
+    assert "choose another --output" in said.err
+    assert "label check" not in said.out
+    assert train(own, output, "--schedule.epochs", 7, "--recipe", "detr_r50_demo") == 2
+    assert "recipe: got detr_r50_demo, expected demo" in capsys.readouterr().err
+    assert len(trained) == 1
+    shutil.rmtree(output / "run")
+    assert train(own, output, "--schedule.epochs", 9) == 0
+    assert len(trained) == 2
+
+
 def test_wrong_labels_are_named_before_training(own, trained, tmp_path, capsys):
     content = json.loads(own.labels.read_text())
     for a in content["annotations"]:
         x, y, w, h = a["bbox"]
         a["bbox"] = [x, y, x + w, y + h]
     labels = tmp_path / "corners.json"
+    content["images"].append(dict(content["images"][0], id=10**6, file_name="none.jpg"))
     labels.write_text(json.dumps(content))
-    assert train(own, tmp_path / "output", labels=labels) == 0
+    for option in ((), ("--prepare-only",)):
+        assert train(own, tmp_path / "output", *option, labels=labels) == 2
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1
+        assert said.err.startswith("error: label check: boxes are corners: ")
+        assert "--train-anyway" in said.err
+        first = next(line for line in said.out.splitlines() if line.startswith("label check"))
+        assert first.startswith("label check: boxes are corners")
+    assert trained == []
+    assert train(own, tmp_path / "output", "--train-anyway", labels=labels) == 0
     assert "label check: boxes are corners" in capsys.readouterr().out
-    assert "label check: boxes are corners" in (tmp_path / "output" / "report.md").read_text()
+    report = (tmp_path / "output" / "report.md").read_text()
+    assert "label check: boxes are corners" in report
+    assert "label check: images are left out: 1 of " in report
+    assert "no file 'none.jpg'" in report
+    assert report.count("(1 more images are left out)") == 1
+    assert "IMAGES --output predictions" in report
+    parts = [int(n) for n in re.findall(r"^(?:train|val): (\d+) images", report, re.M)]
+    assert sum(parts) == 40
+
+
+def test_photos_that_exif_turns_reach_the_remedy(tmp_path, capsys):
+    """The labels are of the pictures as a viewer shows them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "pictures").mkdir()
+    images, annotations = [], []
+    for i in range(6):
+        name = f"{i}.jpg"
+        Image.new("RGB", (80, 60), (i * 40, 9, 9)).save(tmp_path / "pictures" / name, exif=exif)
+        images.append({"id": i, "file_name": name, "width": 60, "height": 80})
+        box = {"id": i, "image_id": i, "category_id": 1, "bbox": [5, 30, 40, 40], "area": 1600}
+        annotations.append(box | {"iscrowd": 0})
+    content = {"images": images, "annotations": annotations}
+    content["categories"] = [{"id": 1, "name": "coin"}]
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    data = SimpleNamespace(images=tmp_path / "pictures", labels=tmp_path / "labels.json")
+    assert train(data, tmp_path / "output", "--prepare-only") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "turn the files (exiftran -ai, or jpegtran)" in said
+    assert "the labels can stay as they are" in said
 
 
 def test_a_validation_set_of_its_own(own, tmp_path, capsys):
@@ -264,13 +360,32 @@ def test_images_without_objects_and_classes_are_counted(own):
 def test_the_recipe_may_stand_anywhere():
     assert recipe_of(["--a", "1", "--recipe", "demo", "--b"]) == ("demo", ["--a", "1", "--b"])
     assert recipe_of(["--recipe=detr_r50"]) == ("detr_r50", [])
-    assert recipe_of(["--x"])[0] == own_data.RECIPE
+    assert recipe_of(["--x"]) == ("", ["--x"])
+    for nameless in (["--recipe"], ["--recipe="], ["--recipe", "--output", "a"]):
+        with pytest.raises(UserError, match="pipeline recipes"):
+            recipe_of(nameless)
 
 
 def test_options_are_known_in_every_spelling():
     assert is_given(["--optimizer.batch_size=4"], "optimizer.batch_size")
     assert is_given(["--optimizer.batch-size", "4"], "optimizer.batch_size")
     assert not is_given(["--optimizer.batch-size", "4"], "schedule.epochs")
+
+
+@pytest.mark.parametrize("subfolders", [True, False])
+def test_what_is_next_can_be_pasted(tmp_path, subfolders):
+    output, command = tmp_path / "my own", shlex.split("python -m jobs train --output=a")
+    prepared = Prepared([], [], [], "", epochs=4, subfolders=subfolders)
+    command += ["--schedule.epochs", "4"]
+    predict, evaluate, resume, _, more = next_commands(output, command, prepared)
+    run = str(output / "run")
+    words = ["IMAGES", *(["--recursive"] if subfolders else []), "--output", "predictions"]
+    assert shlex.split(predict)[3:] == ["predict", run, *words]
+    assert shlex.split(evaluate)[4:] == [run, "--data", str(output / "shards" / "val")]
+    assert shlex.split(resume, comments=True)[3:] == ["resume", run]
+    assert shlex.split(more)[4:] == [
+        "--weights", run, "--output", f"{output}-more", "--schedule.epochs", "8",
+    ]  # fmt: skip
 
 
 def test_the_next_command_has_the_new_weights_alone():
@@ -326,5 +441,5 @@ def test_commands_of_the_guide_have_options_that_there_are():
     given = set(re.findall(r"(?<=[\s`(])--[a-z][a-z.-]+", guide))
     assert len(given) > 10
     known = {"--init.weights", *_options_of(own_data.OwnDataOptions)}
-    known |= {"--data", "--recipe"}  # of evaluate; and the word that comes before the others
+    known.add("--data")  # of evaluate
     assert given - known == set()

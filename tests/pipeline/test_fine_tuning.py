@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.config import RunConfig
-from pipeline.fine_tuning import fine_tuning, value_of
+from pipeline.fine_tuning import as_option, fine_tuning, value_of
 from pipeline.recipes import RECIPES, recipe
 
 
@@ -57,6 +57,13 @@ def test_every_recipe_has_valid_defaults_each_with_its_reason(name, images):
         for field in vars(getattr(config, section)):
             name = f"{section}.{field}"
             assert name in changed or value_of(config, name) == value_of(before, name)
+
+
+def test_defaults_are_printed_as_a_shell_takes_them():
+    _, defaults = fine_tuning(recipe("deformable_detr_r50"), 160)
+    options = {str(d).split(": ")[0] for d in defaults}
+    assert {"--schedule.drop-epochs 80", "--optimizer.lr 5e-05"} <= options
+    assert as_option("schedule.drop_epochs", (101, 106)) == "--schedule.drop-epochs 101 106"
 
 
 def test_a_background_column_stays_free():

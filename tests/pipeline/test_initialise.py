@@ -123,6 +123,33 @@ def test_a_checkpoint_of_ours_wherever_it_is_pointed_at(tmp_path, where, classes
     assert ("re-initialised" in said) == (classes == 6)
 
 
+@pytest.mark.parametrize(
+    ("names", "loaded"),
+    [("abcd", True), ("bacd", False), ("wxyz", False), ("", True)],
+)
+def test_a_class_head_is_of_classes_by_name(tmp_path, names, loaded):
+    state = our_checkpoint(tmp_path, 4)
+    config = run_config(replace(recipe("demo").model, num_classes=4), tmp_path / "run")
+    model, said = initial_model(config, tuple(names))
+    seed_step(config.seed, 0, 0)
+    fresh = build_model(config.model).state_dict()
+    for name, value in model.state_dict().items():
+        from_the_file = loaded or not is_class_head(name)
+        assert torch.equal(value, state[name] if from_the_file else fresh[name]), name
+    if loaded:
+        assert said.endswith(f"all {len(state)} tensors are loaded")
+    else:
+        assert "re-initialised heads.classes.0.weight" in said
+        ours = ", ".join(names)
+        assert f"because the checkpoint's classes are a, b, c, d and this run's {ours};" in said
+
+
+def test_names_of_a_published_file_are_not_known(published):
+    config, state, file = published
+    _, said = initial_model(run_config(config, file), tuple("tuvwxyz"))
+    assert said == f"init.weights {file}: all {len(state)} tensors are loaded"
+
+
 def test_detr_keeps_its_column_for_no_object(tmp_path):
     config = replace(
         recipe("detr_r50").model, num_classes=3, hidden_dim=32, num_heads=2, feedforward_dim=48,

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.checks import size_mismatch
 from pipeline.data.shards import ShardSet
 from pipeline.recipes import recipe
 from pipeline.sanity_labels import check_labels, left_out, shared_images
@@ -245,15 +246,22 @@ def test_images_without_a_size_are_no_obstacle(data, size):
 
 
 def test_images_that_the_conversion_left_out():
-    problems = [
-        {"kind": "missing image", "detail": "no file"},
-        *[{"kind": "size mismatch", "detail": "record says 4x3, 'a' is 3x4 (turned: …)"}] * 3,
-        {"kind": "size mismatch", "detail": "record says 4x3, 'a' is 8x6"},
-    ]
-    (finding,) = left_out(problems, 50)
-    assert "4 of 50 images" in finding.evidence
-    assert "3 of them width and height exchanged" in finding.evidence
-    assert list(left_out(problems[:1], 50)) == []
+    turned = size_mismatch((4, 3), (3, 4), "a.jpg")
+    other = size_mismatch((4, 3), (8, 6), "b.jpg")
+    sizes = [{"reason": f"size mismatch: {detail}"} for detail in (turned, turned, turned, other)]
+    missing = {"reason": "missing image: no file 'c.jpg' in the image folder"}
+    wrong, out = left_out([missing, *sizes], 50, "train")
+    assert wrong.kind == "image sizes are wrong"
+    assert "4 of 50 train images" in wrong.evidence
+    assert "3 of them width and height exchanged: record says 4x3, 'a.jpg' is 3x4" in wrong.evidence
+    assert wrong.evidence.endswith(" and 1 more")
+    assert "turn the files (exiftran -ai, or jpegtran), the labels can stay" in wrong.remedy
+    assert out.kind == "images are left out"
+    assert "1 of 50 train images" in out.evidence
+    assert "(1 missing image): missing image: no file 'c.jpg'" in out.evidence
+    (alone,) = left_out(sizes[3:], 50, "val")
+    assert "exiftran" not in alone.remedy
+    assert list(left_out([], 50, "val")) == []
 
 
 def test_pictures_in_both_parts(drawn, tmp_path, run_command):
