@@ -12,8 +12,9 @@ from pathlib import Path
 
 from jobs.cluster import available_cpus, local_cluster
 from jobs.grid_state import Code
+from jobs.launch import finish
 from jobs.spec import ROOT, JobSpec
-from jobs.submit import connect, follow, stop, submit
+from jobs.submit import connect, submit
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
 
@@ -59,15 +60,8 @@ def demo(options: DemoOptions) -> None:
         client = connect(address)
         job_id = submit(client, spec, f"demo-{folder.name}")
         step(f"submitted job {job_id} to {address}")
-        try:
-            status = follow(client, job_id)
-        except BaseException:
-            step("saving; interrupt once more to end at once")
-            stop(client, job_id)
-            raise
+        finish(client, job_id, stop_on_interrupt=True)
         step("stopping Ray")
-    if status != "SUCCEEDED":
-        raise UserError(f"the job ended as {status}; its log is above, its files in {folder}")
     step(f"done in {time.monotonic() - started:.0f} s")
 
 
