@@ -80,11 +80,19 @@ class SelfAttention(nn.Module):
         self.output_proj = nn.Linear(hidden_dim, hidden_dim)
         _initialise((self.query_key_proj, self.value_proj), self.output_proj)
 
-    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
-        """x and position [N, Q, C] to [N, Q, C]; padding [N, Q] bool, True where no one looks."""
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        padding: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x and position [N, Q, C] to [N, Q, C]; padding [N, Q] bool, True where no one looks, or
+        mask [Q, Q] bool, True where the first may not look at the second."""
         query, key = self.query_key_proj(x + position).chunk(2, dim=-1)
-        attended = _attend(
-            query, key, self.value_proj(x), padding, self.num_heads,
+        hidden = mask if padding is None else padding[:, None, None]
+        attended = attend(
+            query, key, self.value_proj(x), hidden, self.num_heads,
             self.dropout if self.training else 0.0,
         )  # fmt: skip
         return self.output_proj(attended)
@@ -105,9 +113,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
         """query [N, Q, C]; key, value [N, S, C]; padding [N, S] bool, True where no one looks."""
-        attended = _attend(
-            self.query_proj(query), self.key_proj(key), self.value_proj(value), padding,
-            self.num_heads, self.dropout if self.training else 0.0,
+        attended = attend(
+            self.query_proj(query), self.key_proj(key), self.value_proj(value),
+            padding[:, None, None], self.num_heads, self.dropout if self.training else 0.0,
         )  # fmt: skip
         return self.output_proj(attended)
 
@@ -123,12 +131,12 @@ def _initialise(inputs: Sequence[nn.Linear], output: nn.Linear) -> None:
     nn.init.zeros_(output.bias)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, heads: int, dropout: float
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, heads: int, dropout: float
 ) -> Tensor:
-    """Scaled dot-product attention of `heads` heads: [N, Q, C], [N, S, C], [N, S, C] to
-    [N, Q, C]; padding [N, S]."""
+    """Scaled dot-product attention of `heads` heads: [N, Q, C], [N, S, C], [N, S, D] to
+    [N, Q, D]; hidden, which broadcasts to [N, heads, Q, S], is True where no one looks."""
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    mask = None if padding is None else ~padding[:, None, None]
+    mask = None if hidden is None else ~hidden
     attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
     return attended.transpose(1, 2).flatten(2)

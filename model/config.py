@@ -88,6 +88,11 @@ class ModelConfig:
         """Whether each decoder layer has heads of its own and corrects the boxes."""
         return self.box_refine or self.two_stage
 
+    @property
+    def wants_targets(self) -> bool:
+        """Whether the model is given the targets in training."""
+        return False
+
     def __post_init__(self) -> None:
         for name in (
             "num_classes",

@@ -14,9 +14,8 @@ from model.boxes import cxcywh_to_xyxy, generalized_iou
 from model.config import ModelConfig
 from model.faster_rcnn import FasterRCNNCriterion
 from model.matcher import Layers, Matches, Truth, match
+from model.parts import Group, Targets
 from model.precision import full_precision
-
-Targets = list[dict[str, Tensor]]
 
 
 class Criterion(nn.Module):
@@ -45,10 +44,11 @@ class Criterion(nn.Module):
         `boxes` [n, 4], normalised (cx, cy, w, h), n may be 0. num_boxes: what every loss is
         divided by, instead of `count_boxes(targets)`; give it to spread a batch over several
         calls (a batch without any box counts as one with one). Returns unweighted `loss_ce`,
-        `loss_bbox`, `loss_giou` of the last layer, with `_0`, ... of the layers before and `_enc`
-        of the first stage, and `loss`, the weighted sum of them all. The first stage is class
-        agnostic: its labels are all 0. Raises ValueError if there is not one target for each
-        image, FloatingPointError if predictions are NaN.
+        `loss_bbox`, `loss_giou` of the last layer, with `_0`, ... of the layers before, `_enc` of
+        the first stage and `_NAME` of each group of queries of training alone, and `loss`, the
+        weighted sum of them all. The first stage is class agnostic: its labels are all 0. Raises
+        ValueError if there is not one target for each image, FloatingPointError if predictions
+        are NaN.
         """
         last = full_precision(outputs["pred_boxes"])
         if len(targets) != len(last):
@@ -65,8 +65,8 @@ class Criterion(nn.Module):
         for group, matches in zip(groups, match(groups, truth, self.config), strict=True):
             normalizers = {
                 "loss_ce": self._class_normalizer(group, boxes, num_boxes),
-                "loss_bbox": num_boxes,
-                "loss_giou": num_boxes,
+                "loss_bbox": num_boxes * group.repeats,
+                "loss_giou": num_boxes * group.repeats,
             }
             for name, values in self._losses(group, matches, truth).items():
                 values = values / normalizers[name]
@@ -91,6 +91,8 @@ class Criterion(nn.Module):
         background, correction = (self._softmax_losses if softmax else self._focal_losses)(
             logits, (layer, image, query), labels
         )
+        if group.counted is not None:
+            background = background.masked_fill(~group.counted[..., None], 0.0)
         return {
             "loss_ce": background.flatten(1).sum(1) + correction.view(layers, -1).sum(1),
             "loss_bbox": (boxes - wanted).abs().view(layers, -1).sum(1),
@@ -118,7 +120,7 @@ class Criterion(nn.Module):
     def _class_normalizer(self, group: Layers, boxes: Tensor, num_boxes: Tensor) -> Tensor:
         """The number of boxes, or for softmax the sum of the queries' weights."""
         if self.config.classification == "focal":
-            return num_boxes
+            return num_boxes * group.repeats
         weight = self.no_object_weight
         _, images, queries, _ = group.logits.shape
         return weight * images * queries + (1 - weight) * boxes
@@ -153,16 +155,7 @@ def gather_truth(targets: Targets, like: Tensor) -> Truth:
 
 
 def _layer_groups(outputs: dict[str, Any], truth: Truth) -> list[Layers]:
-    earlier = outputs.get("aux_outputs", [])
-    layers = [*earlier, outputs]
-    groups = [
-        Layers(
-            names=[f"_{index}" for index in range(len(earlier))] + [""],
-            logits=torch.stack([layer["pred_logits"] for layer in layers]),
-            boxes=full_precision(torch.stack([layer["pred_boxes"] for layer in layers])),
-            labels=truth.labels,
-        )
-    ]
+    groups = [_layers(outputs, truth)]
     if "enc_outputs" in outputs:
         first = outputs["enc_outputs"]
         groups.append(
@@ -173,7 +166,23 @@ def _layer_groups(outputs: dict[str, Any], truth: Truth) -> list[Layers]:
                 labels=torch.zeros_like(truth.labels),
             )
         )
-    return groups
+    return groups + [_layers(x, truth, x["group"]) for x in outputs.get("groups", [])]
+
+
+def _layers(outputs: dict[str, Any], truth: Truth, group: Group | None = None) -> Layers:
+    """All decoder layers of the queries that detect, or of a group."""
+    earlier = outputs.get("aux_outputs", [])
+    layers = [*earlier, outputs]
+    ending = f"_{group.name}" if group else ""
+    return Layers(
+        names=[f"_{index}{ending}" for index in range(len(earlier))] + [ending],
+        logits=torch.stack([layer["pred_logits"] for layer in layers]),
+        boxes=full_precision(torch.stack([layer["pred_boxes"] for layer in layers])),
+        labels=truth.labels,
+        known=group.known if group else None,
+        counted=group.counted if group else None,
+        repeats=group.repeats if group else 1,
+    )
 
 
 def _focal_term(logits: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
 N batch, Q queries, S tokens, C model width.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import CrossAttention, SelfAttention
 from model.backbone import build_backbone
 from model.config import ModelConfig
-from model.geometry import level_masks
+from model.geometry import level_masks, valid_ratios, valid_sizes
 from model.heads import DirectHeads
+from model.official_names import detr_names
+from model.parts import Memory, References
 from model.position import encode_cells
+from model.queries import PlacelessQueries
+from model.set_detector import SetDetector
 from model.transformer import FeedForward
 
 
@@ -49,70 +50,66 @@ class DenseDecoderLayer(nn.Module):
         self.feedforward = FeedForward(width, config.feedforward_dim, dropout)
 
     def forward(
-        self, content: Tensor, position: Tensor, keys: Tensor, memory: Tensor, padding: Tensor
+        self,
+        content: Tensor,
+        position: Tensor,
+        references: References | None,
+        memory: Memory,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """content, position [N, Q, C]; keys (tokens with their positions), memory [N, S, C];
-        padding [N, S] bool. Gives [N, Q, C]."""
-        attended = self.self_attention(content, position)
+        """content, position [N, Q, C]; mask [Q, Q] bool, True where the first may not see the
+        second. Gives [N, Q, C]."""
+        attended = self.self_attention(content, position, mask=mask)
         content = self.self_norm(content + self.self_dropout(attended))
-        attended = self.cross_attention(content + position, keys, memory, padding)
+        keys = memory.tokens + memory.position
+        attended = self.cross_attention(content + position, keys, memory.tokens, memory.padding)
         content = self.cross_norm(content + self.cross_dropout(attended))
         return self.feedforward(content)
 
 
-class DenseDETR(nn.Module):
-    """DETR on the backbone's last map, numerically the published implementation.
+class DenseDetector(SetDetector):
+    """The backbone's last map, and an encoder with dense attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.backbone = build_backbone(config)
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], config.hidden_dim, 1)
+        self.input_proj.to(memory_format=torch.channels_last)
+        self.encoder = nn.ModuleList(
+            DenseEncoderLayer(config) for _ in range(config.encoder_layers)
+        )
+
+    def encode(self, images: Tensor, padding_mask: Tensor) -> Memory:
+        x = self.input_proj(self.backbone(images.to(self.input_proj.weight.dtype))[-1])
+        shapes = [(x.shape[-2], x.shape[-1])]
+        masks = level_masks(padding_mask, shapes)
+        padding = masks[0].flatten(1)
+        tokens = x.flatten(2).transpose(1, 2)
+        position = self.encode_position(masks).to(tokens.dtype)
+        for layer in self.encoder:
+            tokens = self._run(layer, tokens, position, padding)
+        sizes = valid_sizes(masks)
+        ratios = valid_ratios(sizes, shapes)
+        return Memory(tokens, position, masks, padding, shapes, sizes, ratios)
+
+    def encode_position(self, masks: list[Tensor]) -> Tensor:
+        """[N, S, C] of the cells of `masks`, one of [N, H, W]."""
+        return encode_cells(masks, self.config.hidden_dim, shift=0.0)
+
+
+class DenseDETR(DenseDetector):
+    """DETR, numerically the published implementation.
 
     With `classification="focal"` and 300 queries it is the paper's DETR-DC5+ (section 5).
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.hidden_dim
-        self.backbone = build_backbone(config)
-        self.input_proj = nn.Conv2d(self.backbone.channels[-1], width, 1)
-        self.input_proj.to(memory_format=torch.channels_last)
-        self.query_embed = nn.Parameter(torch.randn(config.num_queries, width))
-        self.encoder = nn.ModuleList(
-            DenseEncoderLayer(config) for _ in range(config.encoder_layers)
-        )
+        super().__init__(config)
+        self.queries = PlacelessQueries(config)
         self.decoder = nn.ModuleList(
             DenseDecoderLayer(config) for _ in range(config.decoder_layers)
         )
-        self.decoder_norm = nn.LayerNorm(width)
         self.heads = DirectHeads(config)
 
-    def forward(self, images: Tensor, padding_mask: Tensor) -> dict[str, Any]:
-        """Detect objects in a padded batch; arguments and result as `DeformableDETR.forward`.
-
-        With softmax classification `pred_logits` has one more column, the last, for no object,
-        and `classification` says so.
-        """
-        x = self.input_proj(self.backbone(images.to(self.query_embed.dtype))[-1])
-        masks = level_masks(padding_mask, [(x.shape[-2], x.shape[-1])])
-        padding = masks[0].flatten(1)
-        memory = x.flatten(2).transpose(1, 2)
-        position = encode_cells(masks, self.config.hidden_dim, shift=0.0).to(memory.dtype)
-        for layer in self.encoder:
-            memory = self._run(layer, memory, position, padding)
-
-        queries = self.query_embed.expand(images.shape[0], -1, -1)
-        content = torch.zeros_like(queries)
-        keys = memory + position
-        predictions = []
-        for layer in self.decoder:
-            content = self._run(layer, content, queries, keys, memory, padding)
-            logits, boxes = self.heads(self.decoder_norm(content))
-            predictions.append({"pred_logits": logits, "pred_boxes": boxes})
-        outputs: dict[str, Any] = dict(predictions[-1])
-        if self.config.classification == "softmax":
-            outputs["classification"] = "softmax"
-        if self.config.auxiliary_loss:
-            outputs["aux_outputs"] = predictions[:-1]
-        return outputs
-
-    def _run(self, layer: nn.Module, *inputs: Any) -> Tensor:
-        if self.config.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+    def official_names(self, key: str) -> list[str]:
+        return detr_names(key)

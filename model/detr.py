@@ -1,8 +1,10 @@
 """The one way to a detector."""
 
+from collections.abc import Callable
+
 from torch import nn
 
-from model.config import ModelConfig
+from model.config import Architecture, ModelConfig
 from model.deformable_detr import DeformableDETR
 from model.dense_detr import DenseDETR
 from model.faster_rcnn import FasterRCNN
@@ -10,7 +12,7 @@ from model.faster_rcnn import FasterRCNN
 
 def build_model(config: ModelConfig) -> nn.Module:
     """The detector `config` describes, with fresh weights."""
-    detectors = {
+    detectors: dict[Architecture, Callable[[ModelConfig], nn.Module]] = {
         "deformable_detr": DeformableDETR,
         "detr": DenseDETR,
         "faster_rcnn": FasterRCNN,

@@ -28,6 +28,7 @@ from model.backbone import build_backbone
 from model.boxes import cxcywh_to_xyxy
 from model.config import ModelConfig
 from model.geometry import valid_sizes
+from model.official_names import faster_rcnn_names
 from model.precision import full_precision, without_autocast
 
 # Images are padded to a multiple of the coarsest backbone stride, so that every stride is exact.
@@ -60,8 +61,12 @@ class FasterRCNN(nn.Module):
             predictor=FastRCNNPredictor(hidden, config.num_classes),
         )
 
+    def official_names(self, key: str) -> list[str]:
+        """The published name of one of our keys."""
+        return faster_rcnn_names(key)
+
     def forward(self, images: Tensor, padding_mask: Tensor) -> dict[str, Any]:
-        """Both stages on a padded batch; arguments as `DeformableDETR.forward`.
+        """Both stages on a padded batch; arguments as `SetDetector.forward`.
 
         Returns `objectness` [N A, 1], `anchor_deltas` [N A, 4], `anchors` (for each image [A, 4]),
         `proposals` (for each image [n, 4], absolute (x0, y0, x1, y1), best first), `image_sizes`

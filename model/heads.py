@@ -1,4 +1,7 @@
-"""Prediction heads: classes and boxes of queries (A.3). N batch, Q queries, C model width."""
+"""Prediction heads with their refinement rules: classes and boxes of queries (A.3).
+
+N batch, Q queries, C model width.
+"""
 
 import copy
 import math
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 
 from model.boxes import inverse_sigmoid
 from model.config import ModelConfig
+from model.parts import Prediction, References
 from model.precision import FullPrecisionLinear
 
 PRIOR_PROBABILITY = 0.01
@@ -39,13 +43,14 @@ class BoxHead(nn.Module):
 
 
 class DirectHeads(nn.Module):
-    """DETR's heads: one pair for all layers, and boxes that correct nothing.
+    """DETR's heads: one pair for all layers, behind a layer norm, and boxes that correct nothing.
 
     Softmax classification has a column more, the last, for no object.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_dim)
         softmax = config.classification == "softmax"
         self.classes = nn.Linear(config.hidden_dim, config.num_classes + int(softmax))
         if not softmax:
@@ -53,16 +58,21 @@ class DirectHeads(nn.Module):
         self.boxes = BoxHead(config.hidden_dim)
         self.boxes.output.reset_parameters()
 
-    def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """state [N, Q, C] to class logits [N, Q, classes] and boxes [N, Q, 4]."""
-        return self.classes(state), self.boxes(state).sigmoid()
+    def forward(
+        self, layer: int, state: Tensor, references: References | None
+    ) -> tuple[Prediction, References | None]:
+        """The prediction from state [N, Q, C] of any decoder layer."""
+        state = self.norm(state)
+        return (self.classes(state), self.boxes(state).sigmoid()), references
 
 
 class Heads(nn.Module):
     """A class and a box head for each decoder layer, and for the first stage after them.
 
-    Without refinement all decoder layers share one pair. Pairs start as copies of each other,
-    but for a head that gives whole boxes rather than corrections: w and h start at sigmoid(-2).
+    Without refinement all decoder layers share one pair and correct the same references. With it
+    each corrects the boxes of the one before, through which no gradient passes. Pairs start as
+    copies of each other, but for a head that gives whole boxes rather than corrections: w and h
+    start at sigmoid(-2).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,19 +90,27 @@ class Heads(nn.Module):
             assert isinstance(first, BoxHead)
             first.start_sizes_at(-2.0)
 
-    def forward(self, layer: int, state: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits [N, Q, classes] and boxes [N, Q, 4] of one decoder layer.
-
-        state [N, Q, C]; references [N, Q, 2 or 4] in [0, 1], as points or boxes.
-        """
+    def forward(
+        self, layer: int, state: Tensor, references: References
+    ) -> tuple[Prediction, References]:
+        """The prediction of decoder layer `layer` from its state [N, Q, C], and the references of
+        the next one."""
         index = 0 if self.shared else layer
-        base = inverse_sigmoid(references)
-        change = self.boxes[index](state)
-        if references.shape[-1] == 2:
-            change = torch.cat((change[..., :2] + base, change[..., 2:]), dim=-1)
-        else:
-            change = change + base
-        return self.classes[index](state), change.sigmoid()
+        boxes = corrected(references.correct, self.boxes[index](state))
+        if not self.shared:
+            references = References(attend=boxes.detach(), correct=boxes.detach())
+        return (self.classes[index](state), boxes), references
+
+
+def corrected(references: Tensor, change: Tensor) -> Tensor:
+    """Boxes [N, Q, 4] of references [N, Q, 2 or 4] in [0, 1] moved by `change` [N, Q, 4] as logits;
+    the width and height of a point are those of `change` alone."""
+    base = inverse_sigmoid(references)
+    if references.shape[-1] == 2:
+        change = torch.cat((change[..., :2] + base, change[..., 2:]), dim=-1)
+    else:
+        change = change + base
+    return change.sigmoid()
 
 
 def _start_at_prior(classes: nn.Linear) -> None:

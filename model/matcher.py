@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.boxes import cxcywh_to_xyxy, generalized_iou
 from model.config import ModelConfig
+from model.parts import Known
 from model.precision import full_precision
 
 COST_ALPHA = 0.25
@@ -42,6 +43,12 @@ class Layers(NamedTuple):
     """[D, N, Q, 4] normalised (cx, cy, w, h), float32 at the least."""
     labels: Tensor
     """[T] int64: the truth's own, or zeros for the class-agnostic first stage."""
+    known: Known | None = None
+    """The pairs of each layer, if they need no matching."""
+    counted: Tensor | None = None
+    """[N, Q] bool: of these queries alone the classification is a loss."""
+    repeats: int = 1
+    """Queries that each box is matched to."""
 
 
 class Matches(NamedTuple):
@@ -56,23 +63,37 @@ class Matches(NamedTuple):
 def match(groups: list[Layers], truth: Truth, config: ModelConfig) -> list[Matches]:
     """The cheapest assignment of each image's boxes to its queries, for each layer of each group.
 
-    An image with more boxes than queries leaves the dearest boxes out. All costs go to the host
-    in one copy. Raises `FloatingPointError` naming the tensors where a cost is not a number.
+    An image with more boxes (times `repeats`) than queries leaves the dearest out. All costs go to
+    the host in one copy. Raises `FloatingPointError` naming the tensors where a cost is not a
+    number.
     """
-    costs = [matching_cost(group, truth, config) for group in groups]
+    unknown = [group for group in groups if group.known is None]
+    costs = [matching_cost(group, truth, config) for group in unknown]
     on_host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
     sizes = [cost.numel() for cost in costs]
     blocks = np.split(on_host, np.cumsum(sizes)[:-1])
     try:
         pairs = [
-            assign(block.reshape(cost.shape), truth.counts)
-            for block, cost in zip(blocks, costs, strict=True)
+            assign(block.reshape(cost.shape), truth.counts, group.repeats)
+            for block, cost, group in zip(blocks, costs, unknown, strict=True)
         ]
     except ValueError as error:
         raise FloatingPointError(_describe_non_finite(groups, truth)) from error
     device = truth.boxes.device
     indices = torch.from_numpy(np.concatenate(pairs, axis=1)).to(device, non_blocking=True)
-    return [Matches(*part) for part in indices.split([pair.shape[1] for pair in pairs], dim=1)]
+    matched = iter(indices.split([pair.shape[1] for pair in pairs], dim=1))
+    return [
+        Matches(*next(matched)) if group.known is None else _in_each_layer(group)
+        for group in groups
+    ]
+
+
+def _in_each_layer(group: Layers) -> Matches:
+    """The known pairs, for each of the layers."""
+    assert group.known is not None
+    layers, pairs = len(group.names), group.known
+    layer = torch.arange(layers, device=pairs.query.device).repeat_interleave(len(pairs.query))
+    return Matches(layer, pairs.query.repeat(layers), pairs.target.repeat(layers))
 
 
 def matching_cost(group: Layers, truth: Truth, config: ModelConfig) -> Tensor:
@@ -97,15 +118,17 @@ def matching_cost(group: Layers, truth: Truth, config: ModelConfig) -> Tensor:
     return config.bbox_cost * distance + config.class_cost * classes - config.giou_cost * overlap
 
 
-def assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
-    """cost [T, D, Q] to matched (layer, query, target): [3, P] int64, layer after layer."""
+def assign(cost: np.ndarray, counts: list[int], repeats: int = 1) -> np.ndarray:
+    """cost [T, D, Q] to matched (layer, query, target): [3, P] int64, layer after layer; each
+    target to `repeats` queries."""
     pairs = []
     for layer in range(cost.shape[1]):
         start = 0
         for count in counts:
             if count:
-                rows, queries = linear_sum_assignment(cost[start : start + count, layer])
-                pairs.append(np.stack((np.full_like(rows, layer), queries, rows + start)))
+                of_image = np.tile(cost[start : start + count, layer], (repeats, 1))
+                rows, queries = linear_sum_assignment(of_image)
+                pairs.append(np.stack((np.full_like(rows, layer), queries, rows % count + start)))
             start += count
     return np.concatenate(pairs, axis=1) if pairs else np.zeros((3, 0), dtype=np.int64)
 

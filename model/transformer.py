@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from model.attention import DeformableAttention, SelfAttention
 from model.config import ModelConfig
+from model.geometry import scale_references
+from model.parts import Memory, References
 
 
 class FeedForward(nn.Module):
@@ -100,16 +102,21 @@ class DecoderLayer(nn.Module):
         self,
         content: Tensor,
         position: Tensor,
-        references: Tensor,
-        memory: Tensor,
-        shapes: Sequence[tuple[int, int]],
-        padding: Tensor,
+        references: References,
+        memory: Memory,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """content, position [N, Q, C]; references [N, Q, L, 2 or 4]; memory [N, S, C]; padding
-        [N, S]. Gives [N, Q, C]."""
-        attended = self.self_attention(content, position)
+        """content, position [N, Q, C]; mask [Q, Q] bool, True where the first may not see the
+        second. Gives [N, Q, C]."""
+        attended = self.self_attention(content, position, mask=mask)
         content = self.self_norm(content + self.self_dropout(attended))
-        attended = self.cross_attention(content + position, references, memory, shapes, padding)
+        attended = self.cross_attention(
+            content + position,
+            scale_references(references.attend, memory.ratios),
+            memory.tokens,
+            memory.shapes,
+            memory.padding,
+        )
         content = self.cross_norm(content + self.cross_dropout(attended))
         return self.feedforward(content)
 

@@ -23,7 +23,7 @@ _BACKBONE = "model.backbone.conv_encoder.model."
 
 # Ours to theirs. All that match are applied, in order.
 _COMMON = [
-    (r"^query_embed$", "model.query_position_embeddings.weight"),
+    (r"^queries\.embed$", "model.query_position_embeddings.weight"),
     (r"^(encoder|decoder)\.", r"model.\1.layers."),
     (r"(encoder\.layers\.\d+)\.attention\.", r"\1.self_attn."),
     (r"(encoder\.layers\.\d+)\.norm\.", r"\1.self_attn_layer_norm."),
@@ -37,14 +37,15 @@ _COMMON = [
 _DEFORMABLE = [
     *_COMMON,
     (r"^neck\.levels\.", "model.input_proj."),
-    (r"^(level_embed|reference_points)", r"model.\1"),
+    (r"^level_embed", "model.level_embed"),
+    (r"^queries\.reference_points\.", "model.reference_points."),
     (r"(decoder.*self_attn)\.(query|key|value)_proj\.", lambda m: f"{m[1]}.{m[2][0]}_proj."),
     (r"(decoder.*self_attn)\.output_proj\.", r"\1.out_proj."),
     (r"\.attention_logits\.", ".attention_weights."),
-    (r"^proposals\.memory_proj\.", "model.enc_output."),
-    (r"^proposals\.memory_norm\.", "model.enc_output_norm."),
-    (r"^proposals\.query_proj\.", "model.pos_trans."),
-    (r"^proposals\.query_norm\.", "model.pos_trans_norm."),
+    (r"^queries\.memory_proj\.", "model.enc_output."),
+    (r"^queries\.memory_norm\.", "model.enc_output_norm."),
+    (r"^queries\.query_proj\.", "model.pos_trans."),
+    (r"^queries\.query_norm\.", "model.pos_trans_norm."),
     (r"^heads\.classes\.", "class_embed."),
     (r"^heads\.boxes\.(\d+)\.hidden\.0\.", r"bbox_embed.\1.layers.0."),
     (r"^heads\.boxes\.(\d+)\.hidden\.2\.", r"bbox_embed.\1.layers.1."),
@@ -55,7 +56,7 @@ _DENSE = [
     (r"^input_proj\.", "model.input_projection."),
     (r"attn\.(query|key|value)_proj\.", lambda m: f"attn.{m[1][0]}_proj."),
     (r"attn\.output_proj\.", "attn.out_proj."),
-    (r"^decoder_norm\.", "model.decoder.layernorm."),
+    (r"^heads\.norm\.", "model.decoder.layernorm."),
     (r"^heads\.classes\.", "class_labels_classifier."),
     (r"^heads\.boxes\.hidden\.0\.", "bbox_predictor.layers.0."),
     (r"^heads\.boxes\.hidden\.2\.", "bbox_predictor.layers.1."),

@@ -12,99 +12,37 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from model.backbone import ResNet
-from model.config import ModelConfig
-from model.deformable_detr import DeformableDETR
-from model.dense_detr import DenseDETR
 from model.faster_rcnn import FasterRCNN
+from model.official_names import in_backbone, rename
+from model.set_detector import SetDetector
 
-# Ours to the names of fundamentalvision/Deformable-DETR. All that match are applied, in order.
-_OFFICIAL = [
-    (r"^backbone\.", "backbone.0.body."),
-    (r"^neck\.levels\.", "input_proj."),
-    (r"^query_embed$", "query_embed.weight"),
-    (r"^(level_embed|reference_points)", r"transformer.\1"),
-    (r"^(encoder|decoder)\.", r"transformer.\1.layers."),
-    (r"(encoder\.layers\.\d+)\.attention\.", r"\1.self_attn."),
-    (r"(encoder\.layers\.\d+)\.norm\.", r"\1.norm1."),
-    (r"(encoder\.layers\.\d+)\.feedforward\.norm\.", r"\1.norm2."),
-    (r"(decoder\.layers\.\d+)\.feedforward\.norm\.", r"\1.norm3."),
-    (r"\.feedforward\.", "."),
-    (r"\.self_attention\.(query_key|value)_proj\.", ".self_attn.in_proj_"),
-    (r"\.self_attention\.output_proj\.", ".self_attn.out_proj."),
-    (r"\.self_norm\.", ".norm2."),
-    (r"\.cross_attention\.", ".cross_attn."),
-    (r"\.cross_norm\.", ".norm1."),
-    (r"\.attention_logits\.", ".attention_weights."),
-    (r"^proposals\.memory_proj\.", "transformer.enc_output."),
-    (r"^proposals\.memory_norm\.", "transformer.enc_output_norm."),
-    (r"^proposals\.query_proj\.", "transformer.pos_trans."),
-    (r"^proposals\.query_norm\.", "transformer.pos_trans_norm."),
-    (r"^heads\.classes\.", "class_embed."),
-    (r"^heads\.boxes\.(\d+)\.hidden\.0\.", r"bbox_embed.\1.layers.0."),
-    (r"^heads\.boxes\.(\d+)\.hidden\.2\.", r"bbox_embed.\1.layers.1."),
-    (r"^heads\.boxes\.(\d+)\.output\.", r"bbox_embed.\1.layers.2."),
-]
-
-# Ours to the names of facebookresearch/detr.
-_OFFICIAL_DETR = [
-    (r"^backbone\.", "backbone.0.body."),
-    (r"^query_embed$", "query_embed.weight"),
-    (r"^(encoder|decoder)\.", r"transformer.\1.layers."),
-    (r"^decoder_norm\.", "transformer.decoder.norm."),
-    (r"(encoder\.layers\.\d+)\.attention\.", r"\1.self_attention."),
-    (r"(encoder\.layers\.\d+)\.norm\.", r"\1.norm1."),
-    (r"(encoder\.layers\.\d+)\.feedforward\.norm\.", r"\1.norm2."),
-    (r"(decoder\.layers\.\d+)\.feedforward\.norm\.", r"\1.norm3."),
-    (r"\.feedforward\.", "."),
-    (r"\.self_attention\.", ".self_attn."),
-    (r"\.cross_attention\.", ".multihead_attn."),
-    (r"attn\.(query|key|value|query_key)_proj\.", "attn.in_proj_"),
-    (r"attn\.output_proj\.", "attn.out_proj."),
-    (r"\.self_norm\.", ".norm1."),
-    (r"\.cross_norm\.", ".norm2."),
-    (r"^heads\.classes\.", "class_embed."),
-    (r"^heads\.boxes\.hidden\.0\.", "bbox_embed.layers.0."),
-    (r"^heads\.boxes\.hidden\.2\.", "bbox_embed.layers.1."),
-    (r"^heads\.boxes\.output\.", "bbox_embed.layers.2."),
-]
-
-# Ours to the names of torchvision's Faster R-CNN; its file is older than some of them.
-_OFFICIAL_FASTER_RCNN = [(r"^backbone\.", "backbone.body."), (r"^fpn\.", "backbone.fpn.")]
+# Some of our names in torchvision's Faster R-CNN to those of its file, which is older.
 _OLD_FASTER_RCNN = [
     (r"^(backbone\.fpn\.\w+_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
     (r"^(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2"),
 ]
 
-# Ours to torchvision's, within the backbone.
-_TORCHVISION = [
-    (r"(^|\.)conv(\d)\.norm\.", r"\1bn\2."),
-    (r"\.downsample\.norm\.", ".downsample.1."),
-    (r"\.downsample\.weight", ".downsample.0.weight"),
-]
-
 
 def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a published checkpoint's state dict (its `model` entry): of Deformable DETR, of DETR, or
-    torchvision's Faster R-CNN on COCO (`fasterrcnn_resnet50_fpn`, COCO_V1: its frozen norms have no
-    epsilon, whatever file of these names is given).
+    """Load a published checkpoint's state dict (its `model` entry), in the names of the method's
+    official implementation, or of torchvision's Faster R-CNN on COCO (`fasterrcnn_resnet50_fpn`,
+    COCO_V1: its frozen norms have no epsilon, whatever file of these names is given).
 
     Raises `ValueError` naming every key that is missing, unexpected or of another shape, or whose
     aliases (one head under several names) differ; the model is then left as it was.
     """
-    if not isinstance(model, DeformableDETR | DenseDETR | FasterRCNN) or not isinstance(
-        model.backbone, ResNet
-    ):
+    if not isinstance(model, SetDetector | FasterRCNN) or not isinstance(model.backbone, ResNet):
         raise ValueError(
             "load_official: got a model without a published checkpoint, "
-            "expected a Deformable DETR, a DETR or a Faster R-CNN with a ResNet backbone"
+            "expected a member of the DETR family or a Faster R-CNN, with a ResNet backbone"
         )
     if model.config.architecture == "faster_rcnn":
         state_dict = {
-            _rename(name, _OLD_FASTER_RCNN): value
+            rename(name, _OLD_FASTER_RCNN): value
             for name, value in state_dict.items()
             if not name.endswith("num_batches_tracked")
         }
-    sources = {key: _official_names(key, model.config) for key in model.state_dict()}
+    sources = {key: model.official_names(key) for key in model.state_dict()}
     _compare_keys(state_dict.keys(), {name for names in sources.values() for name in names})
     for key, (first, *aliases) in sources.items():
         for alias in aliases:
@@ -137,9 +75,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
         for name, value in read_state_dict(path).items()
         if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
     }
-    sources = {
-        key: _rename(key, _TORCHVISION) for key in backbone.state_dict() if ".offsets." not in key
-    }
+    sources = {key: in_backbone(key) for key in backbone.state_dict() if ".offsets." not in key}
     _compare_keys(state_dict.keys(), set(sources.values()))
     _copy_into(backbone, {key: state_dict[name] for key, name in sources.items()})
 
@@ -179,24 +115,6 @@ def why_unread(error: Exception) -> str:
     return "the file is empty" if isinstance(error, EOFError) else OTHER_FORMAT
 
 
-def _official_names(key: str, config: ModelConfig) -> list[str]:
-    """The published name of one of our keys, and the other names the same tensor has there."""
-    if config.architecture != "deformable_detr":
-        dense = config.architecture == "detr"
-        name = _rename(key, _OFFICIAL_DETR if dense else _OFFICIAL_FASTER_RCNN)
-        return [_rename(name, _TORCHVISION) if key.startswith("backbone.") else name]
-    name = _rename(key, _OFFICIAL)
-    if key.startswith("backbone."):
-        return [_rename(name, _TORCHVISION)]
-    if not key.startswith("heads."):
-        return [name]
-    if not config.refines:
-        return [name.replace(".0.", f".{layer}.", 1) for layer in range(config.decoder_layers)]
-    if key.startswith("heads.boxes.") or config.two_stage:
-        return [name, f"transformer.decoder.{name}"]
-    return [name]
-
-
 def _absorb_epsilon(backbone: ResNet, found: dict[str, Tensor]) -> None:
     """Rescales the frozen norms' weights so that our epsilon has no effect: torchvision's Faster
     R-CNN was trained, and is evaluated, without one (`overwrite_eps(model, 0.0)` there)."""
@@ -206,12 +124,6 @@ def _absorb_epsilon(backbone: ResNet, found: dict[str, Tensor]) -> None:
             variance = found[f"{key}running_var"].double()
             factor = ((variance + module.eps) / variance).sqrt()
             found[f"{key}weight"] = found[f"{key}weight"] * factor.to(found[f"{key}weight"])
-
-
-def _rename(key: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def _rows_of_in_proj(key: str, name: str, value: Tensor, width: int) -> Tensor:

@@ -164,8 +164,11 @@ def _describe(
 
 def predictions(outputs: dict[str, Any]) -> dict[str, Tensor]:
     """The class and box predictions of every layer, by name."""
-    layers = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", []))}
-    layers |= {"": outputs, "_enc": outputs.get("enc_outputs", {})}
+    layers = {"_enc": outputs.get("enc_outputs", {})}
+    for queries in (outputs, *outputs.get("groups", [])):
+        ending = f"_{queries['group'].name}" if "group" in queries else ""
+        earlier = enumerate(queries.get("aux_outputs", []))
+        layers |= {f"_{i}{ending}": layer for i, layer in earlier} | {ending: queries}
     return {
         name + suffix: layer[name]
         for suffix, layer in layers.items()

@@ -50,7 +50,7 @@ def replay_saved(file: Path, device: torch.device) -> tuple[dict[str, Tensor], s
     # The engine casts the model alone; matching and losses stay in full precision.
     with torch.no_grad(), _first_bad_module(model) as first:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            outputs = model(batch.normalized_images(), batch.padding_mask)
+            outputs = model(*batch.training_inputs(config.model))
         refused = ""
         try:
             losses = build_criterion(config.model).to(device)(
@@ -173,7 +173,7 @@ def _take(
         num_boxes = torch.tensor(max(1.0, boxes), device=device) / (len(shares) * passes)
         for i, batch in enumerate(batch.to(device) for batch in share):
             check = LossCheck(place, state.engine.module, batch, num_boxes)
-            outputs = state.engine(batch.normalized_images(), batch.padding_mask)
+            outputs = state.engine(*batch.training_inputs(place.config.model))
             losses = check.losses(criterion, outputs)
             last = rank == len(shares) - 1 and i == passes - 1
             part = 1 / (passes * len(shares))

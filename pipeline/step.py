@@ -45,7 +45,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[Batch], save: bo
     for i, batch in enumerate(micro_batches):
         check = LossCheck(place, run.state.engine.module, batch, num_boxes)
         with naming_memory(tuple(batch.images.shape)):
-            outputs = run.state.engine(batch.normalized_images(), batch.padding_mask)
+            outputs = run.state.engine(*batch.training_inputs(run.config.model))
             losses = check.losses(run.criterion, outputs)
             run.state.updater.backward(losses["loss"] / passes, last=i == passes - 1)
         checks.append(check)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from model.config import ModelConfig
 from pipeline.data.augment import Example, Geometry
 from pipeline.data.images import decode_image
 from pipeline.data.objects import objects
@@ -47,6 +48,11 @@ class Batch:
             self.image_ids,
             self.sizes,
         )
+
+    def training_inputs(self, model: ModelConfig) -> tuple[Any, ...]:
+        """What the model's forward takes in training."""
+        targets = (self.targets,) if model.wants_targets else ()
+        return (self.normalized_images(), self.padding_mask, *targets)
 
     def tensors(self) -> Iterator[Tensor]:
         """Those that `to` moves."""

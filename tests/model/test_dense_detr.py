@@ -88,7 +88,7 @@ def test_outputs_and_gradients(published_names: Callable) -> None:
             64,
         ),
         (ours.decoder[2].feedforward.linear2, "decoder.layers.2.linear2.", 64),
-        (ours.decoder_norm, "decoder.norm.", 64),
+        (ours.heads.norm, "decoder.norm.", 64),
     ):
         wanted = gradients[f"transformer.{name}weight"][:rows]
         assert wanted.abs().max() > 0, name

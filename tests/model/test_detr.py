@@ -214,8 +214,8 @@ def test_references_are_not_rounded_under_autocast(small_config: MakeConfig, bat
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(images, padding)
     # At the start the box head says 0 for the centre, so the centre is the reference itself.
-    position = model.query_embed.chunk(2, dim=-1)[0]
-    centre = F.linear(position, model.reference_points.weight).sigmoid()
+    position = model.queries.embed.chunk(2, dim=-1)[0]
+    centre = F.linear(position, model.queries.reference_points.weight).sigmoid()
     torch.testing.assert_close(outputs["pred_boxes"][0, :, :2], centre, rtol=1e-5, atol=1e-6)
 
 
@@ -258,7 +258,7 @@ def test_refinement_blocks_the_gradient_of_earlier_boxes(
     last_box_sum(model, batch)
     trained = [head.output.weight.grad is not None for head in model.heads.boxes]
     assert trained == [False, False, True]
-    assert model.reference_points.weight.grad is not None
+    assert model.queries.reference_points.weight.grad is not None
 
 
 def test_without_refinement_references_learn_from_the_last_box(
@@ -266,8 +266,8 @@ def test_without_refinement_references_learn_from_the_last_box(
 ) -> None:
     model = disturbed(small_config(decoder_layers=3))
     last_box_sum(model, batch)
-    assert model.reference_points.weight.grad is not None
-    assert model.reference_points.weight.grad.abs().sum() > 0
+    assert model.queries.reference_points.weight.grad is not None
+    assert model.queries.reference_points.weight.grad.abs().sum() > 0
 
 
 def test_the_second_stage_does_not_train_the_first_ones_heads(
@@ -277,8 +277,8 @@ def test_the_second_stage_does_not_train_the_first_ones_heads(
     last_box_sum(model, batch)
     for heads in (model.heads.boxes, model.heads.classes):
         assert all(p.grad is None for p in heads[-1].parameters())
-    assert model.proposals.memory_proj.weight.grad is None
-    assert model.proposals.query_proj.weight.grad is not None
+    assert model.queries.memory_proj.weight.grad is None
+    assert model.queries.query_proj.weight.grad is not None
 
 
 def test_the_start_without_two_stages(small_config: MakeConfig, batch: tuple) -> None:

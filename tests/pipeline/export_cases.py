@@ -35,7 +35,7 @@ def lively(config: RunConfig) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             if "offsets" in name:
                 parameter.normal_(0, 0.3)
-            elif name == "query_embed":
+            elif name == "queries.embed":
                 parameter.normal_(0, 3.0)
             elif name.endswith("_proj.weight"):  # else all of a DETR's queries look everywhere
                 parameter.normal_(

@@ -162,7 +162,7 @@ def test_detr_keeps_its_column_for_no_object(tmp_path):
     assert model.heads.classes.weight.shape == (10, 32)
     assert "heads.classes.weight, heads.classes.bias" in said
     assert "4 rows and this run's 10" in said
-    assert torch.equal(model.query_embed, state["query_embed"])
+    assert torch.equal(model.queries.embed, state["queries.embed"])
 
 
 def refusal(config) -> str:
