@@ -17,8 +17,10 @@ from pipeline.config import (
     ScheduleConfig,
 )
 from pipeline.errors import UserError
+from pipeline.family_recipes import FAMILY
 
 DEMO_SCALE = "_demo"
+DENSE = ("detr",)  # that learn at a lower rate at demo scale
 
 
 def deformable_detr_r50() -> RunConfig:
@@ -188,7 +190,7 @@ def at_demo_scale(config: RunConfig) -> RunConfig:
     # A Faster R-CNN's gradient is larger: clipped at 0.1 it would hardly move. A DETR's dense
     # attention learns nothing at the rate that suits the others.
     cnn = model.architecture == "faster_rcnn"
-    lr = 5e-4 if model.architecture == "detr" else 2e-3
+    lr = 5e-4 if model.architecture in DENSE else 2e-3
     return RunConfig(
         recipe=config.recipe + DEMO_SCALE,
         model=small,
@@ -236,6 +238,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         detr_r50_dc5,
         detr_r50_dc5_plus,
         faster_rcnn_r50_fpn,
+        *FAMILY,
         demo,
     )
 }
