@@ -127,9 +127,18 @@ class ScheduleConfig:
     """Share of all steps in which the factor rises linearly from 0 to 1."""
     final_factor: float = 0.01
     """cosine: the factor at the last step."""
+    evaluate_every: int = 1
+    """Epochs from one evaluation to the next; after the last epoch there is one in any case. The
+    best checkpoint is the best of those that were evaluated."""
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether there is an evaluation after `epoch` epochs."""
+        return epoch == self.epochs or epoch % self.evaluate_every == 0
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "schedule.epochs", self.epochs, "1 or more")
+        for name in ("epochs", "evaluate_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"schedule.{name}", value, "1 or more")
         warmup = self.warmup_fraction
         _require(0 <= warmup < 1, "schedule.warmup_fraction", warmup, "a share in [0, 1)")
         _require(0 <= self.final_factor <= 1, "schedule.final_factor", self.final_factor, "[0, 1]")

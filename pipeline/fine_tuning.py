@@ -17,6 +17,7 @@ SMALL_BATCH, BATCH = 8, 16  # images in a step: below FEW of them in the data, a
 FEW = 1000
 STEPS = 4000  # that a detector of COCO needs, at least, to be at home in another data set
 FEWEST_EPOCHS, MOST_EPOCHS = 12, 100
+EVALUATIONS = 25  # of few images, more would take longer than training
 MOST_WARM_UP = 500  # steps
 
 
@@ -78,6 +79,10 @@ def fine_tuning(
         Default(
             "schedule.epochs", epochs,
             f"{steps} steps: {STEPS} are aimed at, in {FEWEST_EPOCHS} to {MOST_EPOCHS} epochs",
+        ),
+        Default(
+            "schedule.evaluate_every", max(1, epochs // EVALUATIONS),
+            f"about {min(epochs, EVALUATIONS)} evaluations in all, from which the best is kept",
         ),
         Default(
             "schedule.warmup_fraction", round(warm_up, 4),

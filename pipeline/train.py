@@ -48,7 +48,10 @@ def train(config: RunConfig, folder: Path) -> Path:
         steps = remaining_steps(run, progress)
         for epoch in range(progress.epoch, run.config.schedule.epochs):
             progress = train_epoch(run, progress, steps)
-            progress = evaluate_epoch(run, progress, epoch + 1)
+            if run.config.schedule.evaluates(epoch + 1):
+                progress = evaluate_epoch(run, progress, epoch + 1)
+            else:
+                progress = replace(progress, epoch=epoch + 1)
             save(run, progress)
         run.checkpoints.wait()
         best = checkpoint_path(folder, progress.best_step)

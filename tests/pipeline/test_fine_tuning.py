@@ -25,6 +25,7 @@ def test_defaults_by_the_number_of_images(images, batch, lr, epochs, drop, warm_
     assert config.optimizer.ema_decay == pytest.approx(decay, abs=2e-4)
     assert config.schedule.epochs == epochs
     assert config.schedule.drop_epochs == (drop,)
+    assert config.schedule.evaluate_every == max(1, epochs // 25)
     steps = epochs * images / batch
     assert config.schedule.warmup_fraction * steps == pytest.approx(warm_up, rel=0.02)
     assert config.data.labels == "contiguous"

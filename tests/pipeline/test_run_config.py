@@ -143,5 +143,11 @@ def test_mistakes_on_the_command_line_are_one_line(args, words):
         assert word in message
 
 
+def test_the_last_epoch_is_evaluated_in_any_case():
+    schedule = ScheduleConfig(epochs=7, evaluate_every=3)
+    assert [e for e in range(1, 8) if schedule.evaluates(e)] == [3, 6, 7]
+    assert all(ScheduleConfig().evaluates(e) for e in range(1, 51))
+
+
 def test_the_model_default_is_the_baseline():
     assert recipe("deformable_detr_r50").model == ModelConfig()

@@ -33,7 +33,7 @@ from tests.pipeline.training_runs import (
 OPTIONS = [
     "--schedule.epochs", 4, "--optimizer.batch-size", 8, "--engine.log-every", 3,
     "--engine.precision", "fp32", "--model.dropout", 0.1, "--engine.checkpoint-steps", 2,
-    "--optimizer.ema-decay", 0.9,
+    "--optimizer.ema-decay", 0.9, "--schedule.evaluate-every", 3,
 ]  # fmt: skip
 ALONE = [
     "--schedule.epochs", 2, "--optimizer.batch-size", 8, "--engine.log-every", 1,
@@ -52,6 +52,7 @@ def whole(drawn, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_latest_the_best_and_a_period_of_epochs_are_kept(whole):
     evaluations = [x for x in metrics(whole) if x["kind"] == "evaluation"]
+    assert [x["epoch"] for x in evaluations] == [3, 4]
     best = max(evaluations, key=lambda x: (x["AP"], -x["step"]))
     assert set(checkpoint_steps(whole)) == {10, 18, 20, best["step"]}
 
