@@ -33,7 +33,23 @@ def conditional_detr_r50_dc5() -> RunConfig:
     )
 
 
+def smca_detr_r50() -> RunConfig:
+    """SMCA DETR with ResNet-50 on a single scale (its README: 41.0 AP; 42.7 after 108 epochs, 43.5
+    after 250).
+
+    DETR with a Gaussian in the cross-attention, 300 queries; 50 epochs, drop at 40, 16 images a
+    step.
+    """
+    base = conditional_detr_r50()
+    return replace(
+        base,
+        recipe="smca_detr_r50",
+        model=replace(base.model, architecture="smca_detr", classification="focal_no_object"),
+    )
+
+
 FAMILY: tuple[Callable[[], RunConfig], ...] = (
     conditional_detr_r50,
     conditional_detr_r50_dc5,
+    smca_detr_r50,
 )
