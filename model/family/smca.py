@@ -103,7 +103,9 @@ class FocusedQueries(Formulation):
         the published heads correct without clamping them."""
         batch = len(memory.tokens)
         position = self.embed.expand(batch, -1, -1)
-        logits = self.reference(self.foci[0].norm(self.embed)).expand(batch, -1, -1)
+        first = self.foci[0]
+        assert isinstance(first, FocusHead)
+        logits = self.reference(first.norm(self.embed)).expand(batch, -1, -1)
         references = References(attend=logits.sigmoid(), correct=logits)
         return Queries(torch.zeros_like(position), position, references)
 
@@ -117,9 +119,7 @@ class ModulatedCrossAttention(CrossAttention):
     """Attention of queries over all tokens whose logits a Gaussian of each head is added to
     (equation 3)."""
 
-    def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, value: Tensor, gaussian: Tensor
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, gaussian: Tensor) -> Tensor:
         """query [N, Q, C]; key, value [N, S, C]; gaussian [N, M, Q, S], its logarithm, -inf where
         no one looks."""
         query, key, value = (
