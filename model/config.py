@@ -14,8 +14,11 @@ BackboneName = Literal[
     "tiny_dcn",
 ]
 TINY = ("tiny", "tiny_dcn")
-Architecture = Literal["deformable_detr", "detr", "faster_rcnn"]
-Classification = Literal["focal", "softmax"]
+Architecture = Literal["deformable_detr", "detr", "conditional_detr", "smca_detr", "faster_rcnn"]
+DENSE: tuple[Architecture, ...] = ("detr", "conditional_detr", "smca_detr")
+"""Those that attend to every cell of one map."""
+DynamicScale = Literal["type1", "type2", "type3", "type4"]
+Classification = Literal["focal", "focal_no_object", "softmax"]
 NeckName = Literal["plain", "fpn", "bifpn"]
 
 
@@ -28,9 +31,10 @@ class ModelConfig:
 
     architecture: Architecture = "deformable_detr"
     """`detr` is the baseline with dense attention over one map; fields that speak of levels,
-    points, references or stages do not concern it. `faster_rcnn`, torchvision's with an FPN, takes
-    `num_classes` (column 0 is the background), the backbone, `hidden_dim` (of the FPN),
-    `feedforward_dim` (of the box head), `anchor_cells` and `sampled_proposals` alone."""
+    points, references or stages do not concern it, nor the others of `DENSE`. `faster_rcnn`,
+    torchvision's with an FPN, takes `num_classes` (column 0 is the background), the backbone,
+    `hidden_dim` (of the FPN), `feedforward_dim` (of the box head), `anchor_cells` and
+    `sampled_proposals` alone."""
     num_classes: int = 91
     """Columns of the classification head. COCO's own category ids end at 90, hence 91. Training
     takes it from the data, whatever is given here."""
@@ -66,11 +70,15 @@ class ModelConfig:
     """Side of a Faster R-CNN's square anchors, in cells of their level (strides 4 to 64)."""
     sampled_proposals: int = 512
     """Proposals of an image that train a Faster R-CNN's second stage, at most."""
+    dynamic_scale: DynamicScale = "type3"
+    """What SMCA learns of the width of a head's Gaussian: nothing (`type1`), one scale (`type2`),
+    one for x and one for y (`type3`), and a third for both together (`type4`)."""
     activation_checkpointing: bool = False
     """Recompute the transformer layers in the backward pass: less memory, more time."""
 
     classification: Classification = "focal"
-    """Sigmoid focal loss, or DETR's softmax cross entropy with a class for no object."""
+    """Sigmoid focal loss, or DETR's softmax cross entropy with a class for no object. SMCA has that
+    class with the focal loss, too (`focal_no_object`): a column that is never a target."""
     no_object_weight: float = 0.1
     """Weight of queries without an object in softmax classification."""
     focal_alpha: float = 0.25
@@ -107,7 +115,11 @@ class ModelConfig:
             "sampled_proposals",
         ):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name, values in (("architecture", Architecture), ("classification", Classification)):
+        for name, values in (
+            ("architecture", Architecture),
+            ("classification", Classification),
+            ("dynamic_scale", DynamicScale),
+        ):
             choices = get_args(values)
             _require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         names = get_args(BackboneName)
@@ -130,10 +142,9 @@ class ModelConfig:
             for term in ("class", "bbox", "giou"):
                 value = getattr(self, f"{term}_{name}")
                 _require(self, f"{term}_{name}", 0 <= value < math.inf, "a finite number >= 0")
-        dense = self.architecture == "detr"
-        if dense and (self.num_levels != 1 or self.refines):
+        if self.architecture in DENSE and (self.num_levels != 1 or self.refines):
             raise ValueError(
-                f"architecture: got detr with num_levels={self.num_levels}, "
+                f"architecture: got {self.architecture} with num_levels={self.num_levels}, "
                 f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected 1, False, "
                 "False"
             )
@@ -149,8 +160,15 @@ class ModelConfig:
                 f"num_classes: got {self.num_classes} with faster_rcnn, expected at least 2: "
                 "the first is the background"
             )
-        if self.classification == "softmax" and self.architecture == "deformable_detr":
-            raise ValueError("classification: got softmax with deformable_detr, expected focal")
+        if self.architecture == "smca_detr" and self.dilation:
+            raise ValueError(
+                "dilation: got True with smca_detr, expected False: its centres are in cells of 32 "
+                "pixels"
+            )
+        if self.classification != "focal" and self.architecture == "deformable_detr":
+            raise ValueError(
+                f"classification: got {self.classification} with deformable_detr, expected focal"
+            )
         if self.num_levels == 1 and (self.neck != "plain" or not self.level_exchange):
             raise ValueError(
                 f"neck, level_exchange: got {self.neck}, {self.level_exchange} with num_levels=1, "

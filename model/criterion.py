@@ -119,7 +119,7 @@ class Criterion(nn.Module):
 
     def _class_normalizer(self, group: Layers, boxes: Tensor, num_boxes: Tensor) -> Tensor:
         """The number of boxes, or for softmax the sum of the queries' weights."""
-        if self.config.classification == "focal":
+        if self.config.classification != "softmax":
             return num_boxes * group.repeats
         weight = self.no_object_weight
         _, images, queries, _ = group.logits.shape

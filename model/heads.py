@@ -45,15 +45,15 @@ class BoxHead(nn.Module):
 class DirectHeads(nn.Module):
     """DETR's heads: one pair for all layers, behind a layer norm, and boxes that correct nothing.
 
-    Softmax classification has a column more, the last, for no object.
+    Classification with no object as a class has a column more for it, the last.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_dim)
-        softmax = config.classification == "softmax"
-        self.classes = nn.Linear(config.hidden_dim, config.num_classes + int(softmax))
-        if not softmax:
+        columns = config.num_classes + int(config.classification != "focal")
+        self.classes = nn.Linear(config.hidden_dim, columns)
+        if config.classification != "softmax":
             _start_at_prior(self.classes)
         self.boxes = BoxHead(config.hidden_dim)
         self.boxes.output.reset_parameters()

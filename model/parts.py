@@ -28,6 +28,8 @@ class Memory(NamedTuple):
     """[N, L, 2] int64, the cells (w, h) of each level inside each image."""
     ratios: Tensor
     """[N, L, 2], the share (x, y) of each padded level that its image covers."""
+    pixels: Tensor | None = None
+    """[N, 2] int64, the pixels (w, h) of each image, of encoders whose decoders ask for them."""
 
 
 class References(NamedTuple):

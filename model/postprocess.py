@@ -55,5 +55,6 @@ def best_pairs(outputs: dict[str, Any], top: int) -> tuple[Tensor, Tensor, Tenso
 def class_scores(outputs: dict[str, Any]) -> Tensor:
     """Probabilities [N, Q, classes] of a set prediction, without the column for no object."""
     logits = full_precision(outputs["pred_logits"])
-    softmax = outputs.get("classification") == "softmax"
-    return logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
+    kind = outputs.get("classification", "focal")
+    scores = logits.softmax(-1) if kind == "softmax" else logits.sigmoid()
+    return scores if kind == "focal" else scores[..., :-1]

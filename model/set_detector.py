@@ -55,8 +55,8 @@ class SetDetector(nn.Module, ABC):
         top left pixel of each image valid; targets where `config.wants_targets`, in training.
         Returns `pred_logits` [N, Q, classes], `pred_boxes` [N, Q, 4] as (cx, cy, w, h) normalised
         by each image's valid area, `aux_outputs` (the same two for each earlier decoder layer) if
-        the loss wants them, in two-stage `enc_outputs` (the same two for all S tokens), and with
-        softmax classification, whose last column is no object, `classification`. In training
+        the loss wants them, in two-stage `enc_outputs` (the same two for all S tokens), and
+        `classification` where the last column is no object. In training
         `groups` has the first three and a `group` for each one of queries of training alone. Boxes
         are float32 at the least, logits as computed.
         """
@@ -69,8 +69,8 @@ class SetDetector(nn.Module, ABC):
         outputs, groups = self._divided(predictions, queries.groups)
         if queries.first_stage:
             outputs["enc_outputs"] = queries.first_stage
-        if self.config.classification == "softmax":
-            outputs["classification"] = "softmax"
+        if self.config.classification != "focal":
+            outputs["classification"] = self.config.classification
         if groups:
             outputs["groups"] = groups
         return outputs
