@@ -14,7 +14,9 @@ BackboneName = Literal[
     "tiny_dcn",
 ]
 TINY = ("tiny", "tiny_dcn")
-Architecture = Literal["deformable_detr", "detr", "faster_rcnn"]
+Architecture = Literal["deformable_detr", "detr", "conditional_detr", "faster_rcnn"]
+DENSE: tuple[Architecture, ...] = ("detr", "conditional_detr")
+"""Those that attend to every cell of one map."""
 Classification = Literal["focal", "softmax"]
 NeckName = Literal["plain", "fpn", "bifpn"]
 
@@ -28,7 +30,7 @@ class ModelConfig:
 
     architecture: Architecture = "deformable_detr"
     """`detr` is the baseline with dense attention over one map; fields that speak of levels,
-    points, references or stages do not concern it. `faster_rcnn`, torchvision's with an FPN, takes
+    points, references or stages do not concern it, nor the others of its kind. `faster_rcnn`, torchvision's with an FPN, takes
     `num_classes` (column 0 is the background), the backbone, `hidden_dim` (of the FPN),
     `feedforward_dim` (of the box head), `anchor_cells` and `sampled_proposals` alone."""
     num_classes: int = 91
@@ -130,10 +132,9 @@ class ModelConfig:
             for term in ("class", "bbox", "giou"):
                 value = getattr(self, f"{term}_{name}")
                 _require(self, f"{term}_{name}", 0 <= value < math.inf, "a finite number >= 0")
-        dense = self.architecture == "detr"
-        if dense and (self.num_levels != 1 or self.refines):
+        if self.architecture in DENSE and (self.num_levels != 1 or self.refines):
             raise ValueError(
-                f"architecture: got detr with num_levels={self.num_levels}, "
+                f"architecture: got {self.architecture} with num_levels={self.num_levels}, "
                 f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected 1, False, "
                 "False"
             )

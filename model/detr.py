@@ -7,6 +7,7 @@ from torch import nn
 from model.config import Architecture, ModelConfig
 from model.deformable_detr import DeformableDETR
 from model.dense_detr import DenseDETR
+from model.family.conditional import ConditionalDETR
 from model.faster_rcnn import FasterRCNN
 
 
@@ -15,6 +16,7 @@ def build_model(config: ModelConfig) -> nn.Module:
     detectors: dict[Architecture, Callable[[ModelConfig], nn.Module]] = {
         "deformable_detr": DeformableDETR,
         "detr": DenseDETR,
+        "conditional_detr": ConditionalDETR,
         "faster_rcnn": FasterRCNN,
     }
     return detectors[config.architecture](config)
