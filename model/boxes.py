@@ -16,11 +16,12 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
 
-def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
+def generalized_iou(first: Tensor, second: Tensor, eps: float = 0.0) -> Tensor:
     """Generalised IoU (Rezatofighi et al., 2019) of boxes (x0, y0, x1, y1), in [-1, 1].
 
     Elementwise over the broadcast leading axes: [..., 4] and [..., 4] give [...]. Boxes without
-    area give a finite value: an empty union counts as IoU 0, an empty hull as no waste.
+    area give a finite value: an empty union counts as IoU 0, an empty hull as no waste. eps: what
+    is added to the areas that are divided by.
     """
     tiny = torch.finfo(first.dtype).tiny
     inner_low = torch.max(first[..., :2], second[..., :2])
@@ -32,7 +33,8 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     first_area = _area(first[..., 2:] - first[..., :2])
     second_area = _area(second[..., 2:] - second[..., :2])
     union = first_area + second_area - intersection
-    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    waste = (hull - union) / (hull + eps).clamp(min=tiny)
+    return intersection / (union + eps).clamp(min=tiny) - waste
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

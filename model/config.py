@@ -14,9 +14,19 @@ BackboneName = Literal[
     "tiny_dcn",
 ]
 TINY = ("tiny", "tiny_dcn")
-Architecture = Literal["deformable_detr", "detr", "conditional_detr", "smca_detr", "faster_rcnn"]
-DENSE: tuple[Architecture, ...] = ("detr", "conditional_detr", "smca_detr")
+Architecture = Literal[
+    "deformable_detr",
+    "detr",
+    "conditional_detr",
+    "smca_detr",
+    "dab_detr",
+    "dab_deformable_detr",
+    "faster_rcnn",
+]
+DENSE: tuple[Architecture, ...] = ("detr", "conditional_detr", "smca_detr", "dab_detr")
 """Those that attend to every cell of one map."""
+DENOISED: tuple[Architecture, ...] = ("dab_detr", "dab_deformable_detr")
+"""Those that DN-DETR's denoising queries can train."""
 DynamicScale = Literal["type1", "type2", "type3", "type4"]
 Classification = Literal["focal", "focal_no_object", "softmax"]
 NeckName = Literal["plain", "fpn", "bifpn"]
@@ -73,6 +83,17 @@ class ModelConfig:
     dynamic_scale: DynamicScale = "type3"
     """What SMCA learns of the width of a head's Gaussian: nothing (`type1`), one scale (`type2`),
     one for x and one for y (`type3`), and a third for both together (`type4`)."""
+    num_patterns: int = 0
+    """Learned contents that each anchor of a DAB-DETR is asked with, which makes as many queries of
+    each; with 0 the content starts at 0."""
+    denoising_groups: int = 0
+    """DN-DETR (arXiv:2203.01305): groups of noised ground truth that train beside the queries, 5 as
+    published. DAB-DETR gains 1.9 AP by them in 50 epochs, as published."""
+    denoising_label_noise: float = 0.2
+    """Probability that a denoising query is told a label at random."""
+    denoising_box_noise: float = 0.4
+    """How far a denoising query's centre moves in halves of its box's size, and its size in
+    itself, at most."""
     activation_checkpointing: bool = False
     """Recompute the transformer layers in the backward pass: less memory, more time."""
 
@@ -99,7 +120,13 @@ class ModelConfig:
     @property
     def wants_targets(self) -> bool:
         """Whether the model is given the targets in training."""
-        return False
+        return self.denoising_groups > 0
+
+    @property
+    def area_eps(self) -> float:
+        """Added to areas that a generalised IoU divides by, as the published code does."""
+        anchors = self.architecture in ("dab_detr", "dab_deformable_detr")
+        return 1e-6 if anchors else 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -165,10 +192,17 @@ class ModelConfig:
                 "dilation: got True with smca_detr, expected False: its centres are in cells of 32 "
                 "pixels"
             )
-        if self.classification != "focal" and self.architecture == "deformable_detr":
+        allowed = {
+            "detr": ("focal", "softmax"),
+            "smca_detr": ("focal_no_object",),
+            "faster_rcnn": ("softmax",),
+        }.get(self.architecture, ("focal",))
+        if self.classification not in allowed:
             raise ValueError(
-                f"classification: got {self.classification} with deformable_detr, expected focal"
+                f"classification: got {self.classification} with {self.architecture}, expected "
+                f"{' or '.join(allowed)}"
             )
+        self._check_anchors()
         if self.num_levels == 1 and (self.neck != "plain" or not self.level_exchange):
             raise ValueError(
                 f"neck, level_exchange: got {self.neck}, {self.level_exchange} with num_levels=1, "
@@ -178,6 +212,27 @@ class ModelConfig:
             raise ValueError(
                 "auxiliary_loss: got False with box refinement, expected True: "
                 "the boxes of earlier layers would never be trained"
+            )
+
+    def _check_anchors(self) -> None:
+        for name in ("num_patterns", "denoising_groups"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        noise = self.denoising_label_noise
+        _require(self, "denoising_label_noise", 0 <= noise <= 1, "0 <= denoising_label_noise <= 1")
+        _require(self, "denoising_box_noise", 0 <= self.denoising_box_noise < math.inf, ">= 0")
+        if self.num_patterns and self.architecture != "dab_detr":
+            raise ValueError(
+                f"num_patterns: got {self.num_patterns} with {self.architecture}, expected 0"
+            )
+        if self.denoising_groups and self.architecture not in DENOISED:
+            raise ValueError(
+                f"denoising_groups: got {self.denoising_groups} with {self.architecture}, "
+                f"expected 0, or one of {', '.join(DENOISED)}"
+            )
+        if self.architecture == "dab_deformable_detr" and (self.two_stage or not self.box_refine):
+            raise ValueError(
+                f"architecture: got dab_deformable_detr with box_refine={self.box_refine}, "
+                f"two_stage={self.two_stage}, expected True, False"
             )
 
 

@@ -82,7 +82,9 @@ class Criterion(nn.Module):
         layer, query, target = matches
         image = truth.image[target]
         boxes, wanted = group.boxes[layer, image, query], truth.boxes[target]
-        overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+        overlap = generalized_iou(
+            cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted), self.config.area_eps
+        )
 
         # Every query counts as one without an object, then the matched ones are corrected.
         logits = full_precision(group.logits)

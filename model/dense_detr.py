@@ -86,11 +86,16 @@ class DenseDetector(SetDetector):
         padding = masks[0].flatten(1)
         tokens = x.flatten(2).transpose(1, 2)
         position = self.encode_position(masks).to(tokens.dtype)
-        for layer in self.encoder:
-            tokens = self._run(layer, tokens, position, padding)
+        tokens = self.encode_tokens(tokens, position, padding)
         sizes = valid_sizes(masks)
         ratios = valid_ratios(sizes, shapes)
         return Memory(tokens, position, masks, padding, shapes, sizes, ratios)
+
+    def encode_tokens(self, tokens: Tensor, position: Tensor, padding: Tensor) -> Tensor:
+        """tokens, position [N, S, C] and padding [N, S] through all layers: [N, S, C]."""
+        for layer in self.encoder:
+            tokens = self._run(layer, tokens, position, padding)
+        return tokens
 
     def encode_position(self, masks: list[Tensor]) -> Tensor:
         """[N, S, C] of the cells of `masks`, one of [N, H, W]."""

@@ -8,6 +8,8 @@ from model.config import Architecture, ModelConfig
 from model.deformable_detr import DeformableDETR
 from model.dense_detr import DenseDETR
 from model.family.conditional import ConditionalDETR
+from model.family.dab import DABDETR
+from model.family.dab_deformable import DABDeformableDETR
 from model.family.smca import SMCADETR
 from model.faster_rcnn import FasterRCNN
 
@@ -20,5 +22,7 @@ def build_model(config: ModelConfig) -> nn.Module:
         "conditional_detr": ConditionalDETR,
         "smca_detr": SMCADETR,
         "faster_rcnn": FasterRCNN,
+        "dab_detr": DABDETR,
+        "dab_deformable_detr": DABDeformableDETR,
     }
     return detectors[config.architecture](config)

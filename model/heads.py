@@ -54,7 +54,7 @@ class DirectHeads(nn.Module):
         columns = config.num_classes + int(config.classification != "focal")
         self.classes = nn.Linear(config.hidden_dim, columns)
         if config.classification != "softmax":
-            _start_at_prior(self.classes)
+            start_at_prior(self.classes)
         self.boxes = BoxHead(config.hidden_dim)
         self.boxes.output.reset_parameters()
 
@@ -75,12 +75,14 @@ class Heads(nn.Module):
     start at sigmoid(-2).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, eps: float = 1e-5) -> None:
+        """eps: see `corrected`."""
         super().__init__()
+        self.eps = eps
         copies = config.decoder_layers if config.refines else 1
         copies += int(config.two_stage)
         classes = nn.Linear(config.hidden_dim, config.num_classes)
-        _start_at_prior(classes)
+        start_at_prior(classes)
         boxes = BoxHead(config.hidden_dim)
         self.classes = nn.ModuleList(copy.deepcopy(classes) for _ in range(copies))
         self.boxes = nn.ModuleList(copy.deepcopy(boxes) for _ in range(copies))
@@ -96,16 +98,17 @@ class Heads(nn.Module):
         """The prediction of decoder layer `layer` from its state [N, Q, C], and the references of
         the next one."""
         index = 0 if self.shared else layer
-        boxes = corrected(references.correct, self.boxes[index](state))
+        boxes = corrected(references.correct, self.boxes[index](state), self.eps)
         if not self.shared:
             references = References(attend=boxes.detach(), correct=boxes.detach())
         return (self.classes[index](state), boxes), references
 
 
-def corrected(references: Tensor, change: Tensor) -> Tensor:
+def corrected(references: Tensor, change: Tensor, eps: float = 1e-5) -> Tensor:
     """Boxes [N, Q, 4] of references [N, Q, 2 or 4] in [0, 1] moved by `change` [N, Q, 4] as logits;
-    the width and height of a point are those of `change` alone."""
-    base = inverse_sigmoid(references)
+    the width and height of a point are those of `change` alone. References nearer to 0 or 1 than
+    `eps` count as at it."""
+    base = inverse_sigmoid(references, eps)
     if references.shape[-1] == 2:
         change = torch.cat((change[..., :2] + base, change[..., 2:]), dim=-1)
     else:
@@ -113,6 +116,6 @@ def corrected(references: Tensor, change: Tensor) -> Tensor:
     return change.sigmoid()
 
 
-def _start_at_prior(classes: nn.Linear) -> None:
+def start_at_prior(classes: nn.Linear) -> None:
     """Let every class start out as improbable as it is."""
     nn.init.constant_(classes.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))

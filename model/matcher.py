@@ -114,7 +114,7 @@ def matching_cost(group: Layers, truth: Truth, config: ModelConfig) -> Tensor:
         classes = positive - negative
     target = truth.boxes[:, None, None]
     distance = (boxes - target).abs().sum(-1)
-    overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target))
+    overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target), config.area_eps)
     return config.bbox_cost * distance + config.class_cost * classes - config.giou_cost * overlap
 
 

@@ -79,6 +79,9 @@ class Queries(NamedTuple):
     first_stage: dict[str, Tensor] | None = None
     """`pred_logits` [N, S, classes] and `pred_boxes` [N, S, 4] of a first stage on all tokens."""
     groups: tuple[Group, ...] = ()
+    finest: Tensor | None = None
+    """[N, 2], the share (x, y) of the padded finest level that each image covers, where positions
+    are taken there."""
 
 
 Prediction = tuple[Tensor, Tensor]

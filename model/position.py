@@ -17,7 +17,9 @@ def sine_features(x: Tensor, count: int, temperature: float = 10000.0) -> Tensor
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
-def encode_cells(masks: list[Tensor], hidden_dim: int, shift: float = 0.5) -> Tensor:
+def encode_cells(
+    masks: list[Tensor], hidden_dim: int, shift: float = 0.5, temperature: float = 10000.0
+) -> Tensor:
     """Encode each cell by its place in its image's valid area.
 
     masks: [N, H_l, W_l] bool, True on padding, one for each level. Returns [N, S, C] float32,
@@ -26,7 +28,7 @@ def encode_cells(masks: list[Tensor], hidden_dim: int, shift: float = 0.5) -> Te
     their far corners.
     """
     angles = torch.cat([_cell_angles(~mask, shift) for mask in masks], dim=1)
-    return sine_features(angles, hidden_dim // 2).flatten(-2)
+    return sine_features(angles, hidden_dim // 2, temperature).flatten(-2)
 
 
 def encode_boxes(boxes: Tensor, hidden_dim: int) -> Tensor:

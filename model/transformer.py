@@ -17,6 +17,7 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_dim: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
         self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
+        self.activation: nn.Module = nn.ReLU()
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
         self.inner_dropout = nn.Dropout(dropout)
         self.dropout = nn.Dropout(dropout)
@@ -25,7 +26,7 @@ class FeedForward(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.inner_dropout(self.linear1(x).relu())
+        hidden = self.inner_dropout(self.activation(self.linear1(x)))
         return self.norm(x + self.dropout(self.linear2(hidden)))
 
 
