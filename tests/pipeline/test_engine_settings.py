@@ -1,6 +1,7 @@
 """The schedule, the optimizer's groups and DeepSpeed's dictionary."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from pipeline.engine import (
     build_optimizer,
     choose_device,
     deepspeed_config,
+    hidden,
     learning_rate_factor,
 )
 from pipeline.errors import UserError
@@ -86,3 +88,13 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         choose_device(EngineConfig(precision="fp16"))
     assert choose_device(EngineConfig()).type == "cpu"
+
+
+def test_a_hidden_module_is_not_imported_meanwhile_alone(monkeypatch):
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    with hidden("this"), pytest.raises(ImportError):
+        import this  # noqa: F401
+    assert "this" not in sys.modules
+    with hidden("math"):  # imported already: whoever has it keeps it
+        assert sys.modules["math"] is math
+    assert sys.modules["math"] is math
