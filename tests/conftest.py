@@ -7,13 +7,15 @@ import ctypes
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +39,7 @@ def memory_is_given_back() -> Iterator[None]:
     monitor, near a machine's end, kills the workers of other tests."""
     yield
     gc.collect()
+    gc.freeze()  # half a million objects of imported libraries, not to be searched each time
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
@@ -52,18 +55,45 @@ class DrawnData:
         return json.loads((self.coco / "annotations" / f"instances_{split}.json").read_text())
 
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> DrawnData:
-    folder = tmp_path_factory.mktemp("drawn")
-    data = DrawnData(folder / "coco", folder / "shards")
-    module("data_prep", "synthesize", "--output", data.coco, "--train", 40, "--val", 12)
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """`made_once(name, make)`: the folder of that name, which `make(folder)` has filled once for
+    all processes of the tests. They leave it as it is."""
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if ONE_OF_SEVERAL else place) / "made_once"
+    place.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = place / name, place / f"{name}.done"
+        with FileLock(place / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def drawn(made_once: MadeOnce) -> DrawnData:
+    folder = made_once("drawn", draw)
+    return DrawnData(folder / "coco", folder / "shards")
+
+
+def draw(folder: Path) -> None:
+    coco = folder / "coco"
+    module("data_prep", "synthesize", "--output", coco, "--train", 40, "--val", 12)
     for split in ("train", "val"):
         module(
-            "data_prep", "convert", "--images", data.coco / split,
-            "--annotations", data.coco / "annotations" / f"instances_{split}.json",
-            "--output", data.shards / split, "--samples-per-shard", 16,
+            "data_prep", "convert", "--images", coco / split,
+            "--annotations", coco / "annotations" / f"instances_{split}.json",
+            "--output", folder / "shards" / split, "--samples-per-shard", 16,
         )  # fmt: skip
-    return data
 
 
 def module(*arguments: object) -> str:

@@ -8,6 +8,7 @@ time; those need a GPU (`python -m cuda_ops check --device cuda`).
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,19 +41,21 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("kernels") / "kernels_on_host"
+def program(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return made_once("kernels", compile_kernels) / "kernels_on_host"
+
+
+def compile_kernels(folder: Path) -> None:
     subprocess.run(
         [
             *(os.environ.get("CXX", "g++"), "-O1", "-std=c++20", "-Wall", "-Werror"),
             *("-Wno-unknown-pragmas", "-fsanitize=address,undefined", "-fno-sanitize-recover"),
             *(f"-I{HERE / 'host_cuda'}", f"-I{SOURCES / 'cuda'}"),
             f"-I{Path(torch.__file__).parent / 'include'}",
-            *(str(HERE / "kernels_on_host.cpp"), "-o", str(target)),
+            *(str(HERE / "kernels_on_host.cpp"), "-o", str(folder / "kernels_on_host")),
         ],
         check=True,
     )
-    return target
 
 
 def run_kernels(

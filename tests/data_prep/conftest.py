@@ -27,11 +27,9 @@ def encoded():
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory):
+def drawn(made_once):
     """A small drawn data set."""
-    folder = tmp_path_factory.mktemp("drawn") / "shapes"
-    assert synthesize(folder, 230, 40, 3, 1)
-    return folder
+    return made_once("shapes", lambda folder: synthesize(folder, 230, 40, 3, 1))
 
 
 @pytest.fixture

@@ -50,7 +50,9 @@ def trained(reference):
 
 
 @pytest.fixture
-def run(trained, tmp_path):
+def run(trained, empty_store, tmp_path):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_store, tmp_path / "runs")
     return Path(shutil.copytree(trained, tmp_path / "runs" / "one"))
 
 

@@ -1,6 +1,7 @@
 """A grid in MLflow: one parent, a child a run, a summary, and what was missed delivered later."""
 
 import json
+import shutil
 import threading
 
 import mlflow
@@ -18,8 +19,8 @@ CELLS = {"baseline": [0.1, 0.3, 0.25], "k=1,fpn": [0.1, 0.2]}
 
 
 @pytest.fixture
-def grid(tmp_path):
-    """Two finished cells, one of them with two seeds."""
+def grid(tmp_path, empty_store):
+    """Two finished cells, one of them with two seeds, and a store that has nothing of them."""
     folder = tmp_path / "grid"
     cells = []
     for name, seed in (("baseline", 1), ("baseline", 2), ("k=1,fpn", 1)):
@@ -28,6 +29,7 @@ def grid(tmp_path):
         write_run(folder / run, curve, seed=seed)
         finish_run(folder / run, len(curve))
         cells.append(cell(name, seed=seed, folder=run))
+    shutil.copy(empty_store, folder / "runs/mlflow.db")
     return write_grid(folder, cells, name="tiny", baseline="baseline")
 
 
@@ -63,6 +65,7 @@ def runs_of(uri):
 
 
 def test_jobs_that_begin_at_once_make_one_parent(grid):
+    (grid / "runs/mlflow.db").unlink()  # they make the store, too
     threads = [threading.Thread(target=job.finish, args=("FINISHED",)) for job in
                jobs_of(grid, uri_of(grid))]  # fmt: skip
     for thread in threads:
@@ -178,7 +181,7 @@ def test_a_password_that_is_not_known_here(grid, monkeypatch):
     assert "pa55word" not in str(said)
 
 
-def test_a_store_that_was_away_all_the_time_has_everything_afterwards(grid, tmp_path):
+def test_a_store_that_was_away_all_the_time_has_everything_afterwards(grid, empty_store, tmp_path):
     # tests/jobs/test_tracked_grid.py does so with a server.
     store = tmp_path / "store"
     store.touch()  # not the folder that it should be
@@ -191,6 +194,7 @@ def test_a_store_that_was_away_all_the_time_has_everything_afterwards(grid, tmp_
     assert "File exists" in said[0]
     store.unlink()
     store.mkdir()
+    shutil.copy(empty_store, store / "mlflow.db")
     for _ in range(2):
         deliver(grid, "", said.append)
     assert len(said) == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import mlflow
 import pytest
@@ -46,6 +47,15 @@ SOURCES = (
     Source("train", "shards/train", "7" * 64, "/shared/shards/train", 40, 136),
     Source("validation", "shards/val", "8" * 64, "https://***@host/shards/val", 12, 55),
 )
+
+
+@pytest.fixture
+def folder(tmp_path, empty_store):
+    """A run's, with its default store beside it, which is empty."""
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    shutil.copy(empty_store, tmp_path / "runs")
+    return folder
 
 
 def about(config=None, **more):
@@ -100,9 +110,7 @@ def test_progress_has_loss_speed_and_time_left(tmp_path, capsys):
         assert word in out
 
 
-def test_every_metric_arrives_once_through_restart_and_rewind(tmp_path):
-    folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)
+def test_every_metric_arrives_once_through_restart_and_rewind(folder):
     uri = default_tracking_uri(folder)
     log = MetricsLog(folder)
     first = forwarder(folder, uri)
@@ -143,9 +151,7 @@ def test_every_metric_arrives_once_through_restart_and_rewind(tmp_path):
     assert json.loads(sources["train"].profile)["manifest_digest"] == "7" * 64
 
 
-def test_an_attempt_that_died_before_it_remembered_doubles_nothing(tmp_path):
-    folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)
+def test_an_attempt_that_died_before_it_remembered_doubles_nothing(folder):
     uri, log = default_tracking_uri(folder), MetricsLog(folder)
     for step in (1, 2, 3):
         log.write("train", step, step / 10, loss=1.0 / step)
@@ -171,9 +177,7 @@ def test_an_attempt_that_died_before_it_remembered_doubles_nothing(tmp_path):
     assert history(uri, run_id, "system/disk_usage_percentage") == [(x, 10.0 + x) for x in range(5)]
 
 
-def test_an_attempt_that_died_while_it_made_the_run_leaves_one(tmp_path):
-    folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)
+def test_an_attempt_that_died_while_it_made_the_run_leaves_one(folder):
     uri = default_tracking_uri(folder)
     first = forwarder(folder, uri)
     first.open()
@@ -192,9 +196,7 @@ def test_an_attempt_that_died_while_it_made_the_run_leaves_one(tmp_path):
     assert third.try_to_send()
 
 
-def test_classes_of_any_name_are_taken_by_mlflow(tmp_path):
-    folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)
+def test_classes_of_any_name_are_taken_by_mlflow(folder):
     uri, log = default_tracking_uri(folder), MetricsLog(folder)
     names = ("Hat/Helmet", "a//b", "../up", "/top", "end/", "..", "{}$", "naïve 猫", "x" * 400)
     classes = {f"AP/{name}": float(i) for i, name in enumerate(names)}
@@ -206,11 +208,10 @@ def test_classes_of_any_name_are_taken_by_mlflow(tmp_path):
     assert had == set(map(float, range(len(names))))
 
 
-def test_another_store_is_told_everything_and_the_same_one_nothing_twice(tmp_path):
-    folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)
+def test_another_store_is_told_everything_and_the_same_one_nothing_twice(folder, tmp_path):
     MetricsLog(folder).write("train", 1, 0.1, loss=1.0)
-    one, two = (f"sqlite:///{tmp_path}/{name}.db" for name in ("one", "two"))
+    one = default_tracking_uri(folder)
+    two = f"sqlite:///{tmp_path}/two.db"  # not there yet: it is made
     (tmp_path / "alias.db").symlink_to(tmp_path / "two.db")  # as a server with two addresses
     runs = {}
     for uri in (one, two, one, f"sqlite:///{tmp_path}/alias.db"):
@@ -225,10 +226,8 @@ def test_another_store_is_told_everything_and_the_same_one_nothing_twice(tmp_pat
         assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
-def test_more_metrics_than_one_batch_takes(tmp_path, monkeypatch):
+def test_more_metrics_than_one_batch_takes(folder, monkeypatch):
     monkeypatch.setattr("jobs.forwarder.MOST_METRICS", 5)
-    folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)
     uri, log = default_tracking_uri(folder), MetricsLog(folder)
     for step in range(1, 8):
         log.write("train", step, step / 10, loss=1.0 / step, lr=0.1)

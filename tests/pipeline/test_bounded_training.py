@@ -35,13 +35,13 @@ def test_more_passes_give_the_same_steps(drawn, tmp_path):
     plain = train(drawn, tmp_path / "plain", [])
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]  # fmt: skip
-    for zero_stage in (1, 2):  # gradients are reduced after the last pass, or after each
-        cut = train(
-            drawn, tmp_path / f"cut{zero_stage}", torchrun, "--engine.group-by-shape",
-            "--engine.max-padded-pixels", 3 * 64 * 64, "--engine.zero-stage", zero_stage,
-            "--engine.loader-workers", 1,
-        )  # fmt: skip
-        compare(plain, cut)
+    # Stage 2 reduces gradients after each pass. test_update.py has the other stages.
+    cut = train(
+        drawn, tmp_path / "cut", torchrun, "--engine.group-by-shape",
+        "--engine.max-padded-pixels", 3 * 64 * 64, "--engine.zero-stage", 2,
+        "--engine.loader-workers", 1,
+    )  # fmt: skip
+    compare(plain, cut)
 
 
 def compare(plain: list[dict], cut: list[dict]) -> None:

@@ -23,6 +23,7 @@ from tests.pipeline.export_cases import (
     checkpoint,
     expected,
     export,
+    lively,
     padded,
     pictures,
     tiny,
@@ -33,21 +34,24 @@ BATCHES = ([(97, 131)], [(64, 90)], [(128, 100), (77, 160)], [(120, 121), (120, 
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(made_once):
     """A checkpoint's model, and the folder of its files."""
-    folder = tmp_path_factory.mktemp("exported")
     # One level is traced several times as fast; test_export_graph.py has them all.
     config = tiny(
         "deformable_detr_r50_single_scale_demo", two_stage=True, num_queries=4, decoder_layers=1
     )
-    model = checkpoint(config, folder / "model.pt")
-    for kind, suffix in (("onnx", "onnx"), ("torch", "pt2"), ("safetensors", "safetensors")):
-        output = folder / f"detector.{suffix}"
-        assert export(folder / "model.pt", "--format", kind, "--output", output) == 0
+
+    def make(folder: Path) -> None:
+        checkpoint(config, folder / "model.pt")
+        for kind, suffix in (("onnx", "onnx"), ("torch", "pt2"), ("safetensors", "safetensors")):
+            output = folder / f"detector.{suffix}"
+            assert export(folder / "model.pt", "--format", kind, "--output", output) == 0
+
+    folder = made_once("exported", make)
     assert {path.name for path in folder.iterdir()} == {
         "model.pt", "detector.onnx", "detector.pt2", "detector.safetensors",
     }  # fmt: skip
-    return model, folder
+    return lively(config), folder
 
 
 def test_onnx_at_several_sizes_with_padding(made):

@@ -25,7 +25,7 @@ def engines(mode: str, folder: Path, ranks: int) -> dict:
     ]  # fmt: skip
     script = Path(__file__).with_name("engine_states.py")
     done = subprocess.run(
-        [sys.executable, *launcher, str(script), mode, str(folder)],
+        [sys.executable, *(launcher if ranks > 1 else []), str(script), mode, str(folder)],
         cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -36,19 +36,23 @@ sys.exit(main("apart", "", COMMANDS, sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> tuple[dict, Path]:
+def found(made_once) -> tuple[dict, Path]:
     """What zero3_cases.py prints, and the folder that it wrote to."""
-    folder = tmp_path_factory.mktemp("cases")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "127.0.0.1:0"]  # fmt: skip
-    script = Path(__file__).with_name("zero3_cases.py")
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(folder)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
-    return json.loads(line), folder
+
+    def make(folder: Path) -> None:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2",
+                    "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]  # fmt: skip
+        script = Path(__file__).with_name("zero3_cases.py")
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), str(folder)],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
+        (folder / "report.json").write_text(line)
+
+    folder = made_once("zero3", make)
+    return json.loads((folder / "report.json").read_text()), folder
 
 
 def test_a_rank_keeps_its_part_of_each_parameter_and_of_its_average(found):

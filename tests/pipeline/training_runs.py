@@ -64,7 +64,7 @@ def kill_once(condition: Callable[[], object], arguments: list[str], log: Path) 
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)  # torchrun alone: its processes have other sessions
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=120)
     assert not alive  # else they would train on beside the next start
 
 
