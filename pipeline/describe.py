@@ -32,9 +32,11 @@ PUBLISHED = {
     "detr_r50_dc5": (41, 187),
     "detr_r50_dc5_plus": (41, 187),
     "faster_rcnn_r50_fpn": (42, 180),
+    "conditional_detr_r50": (44, 90),
+    "conditional_detr_r50_dc5": (44, 195),
 }
 """Millions of parameters and G of multiply-adds: Table 1 of the paper; the two single-scale rows
-are in the official repository's README alone."""
+are in the official repository's README alone, those of the family in its methods' own."""
 
 
 @dataclass(frozen=True)

@@ -56,22 +56,22 @@ class FocusHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.offsets = FullPrecisionLinear(width, 2 * heads)
         nn.init.xavier_uniform_(self.offsets.weight)
-        scales = {"type1": 0, "type2": 1, "type3": 2, "type4": 3}[config.dynamic_scale]
-        if scales:
-            self.scales = FullPrecisionLinear(width, scales * heads)
+        self.scales = None
+        if config.dynamic_scale != "type1":
+            count = {"type2": 1, "type3": 2, "type4": 3}[config.dynamic_scale]
+            self.scales = FullPrecisionLinear(width, count * heads)
             nn.init.zeros_(self.scales.weight)
             nn.init.ones_(self.scales.bias)
-        self.fixed = scales == 0
 
     def forward(self, content: Tensor, position: Tensor) -> Focus:
         """content, position [N, Q, C]."""
         state = self.norm(content + position)
         offsets = self._by_head(self.offsets(state))
-        if self.fixed:
+        if self.scales is None:
             return Focus(position, offsets, torch.ones_like(offsets))
         scales = self._by_head(self.scales(state))
         return Focus(
-            position, offsets, torch.cat((scales, scales), -1) if scales.shape[-1] == 1 else scales
+            position, offsets, scales.expand_as(offsets) if scales.shape[-1] == 1 else scales
         )
 
     def _by_head(self, x: Tensor) -> Tensor:

@@ -24,8 +24,10 @@ def _no_graphs_of_other_tests() -> Iterator[None]:
         {"two_stage": True},
         pytest.param({"neck": "bifpn"}, marks=pytest.mark.chaos),
         {"architecture": "detr", "classification": "softmax", "num_levels": 1},
+        {"architecture": "conditional_detr", "num_levels": 1},
+        {"architecture": "smca_detr", "classification": "focal_no_object", "num_levels": 1},
     ],
-    ids=["two_stage", "bifpn", "detr"],
+    ids=["two_stage", "bifpn", "detr", "conditional", "smca"],
 )
 def test_one_graph_for_images_of_any_size(
     changes: dict[str, Any], small_config: Callable[..., ModelConfig]

@@ -21,6 +21,12 @@ ARCHITECTURES: dict[str, dict] = {
     "own_level": {"level_exchange": False, "neck": "bifpn"},
     "detr": {"architecture": "detr", "classification": "softmax", "num_levels": 1},
     "detr_focal": {"architecture": "detr", "num_levels": 1},
+    "conditional": {"architecture": "conditional_detr", "num_levels": 1},
+    "smca": {
+        "architecture": "smca_detr",
+        "classification": "focal_no_object",
+        "num_levels": 1,
+    },
     "faster_rcnn": {
         "architecture": "faster_rcnn",
         "classification": "softmax",
