@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from model.config import ModelConfig
+from model.config import DENSE, ModelConfig
 from pipeline.config import (
     AugmentConfig,
     DataConfig,

@@ -1,4 +1,4 @@
-"""The denoising queries of DN-DETR (arXiv:2203.01305, section 4): in training, boxes of the ground
+"""The denoising queries of DN-DETR (arXiv:2203.01305): in training, boxes of the ground
 truth with noise on them are queries, too, each of which has to find its own box again.
 
 N batch, Q queries that detect, G groups, T boxes of the whole batch, B boxes of the fullest image,
