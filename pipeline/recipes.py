@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.family_recipes import FAMILY
 
 DEMO_SCALE = "_demo"
-DENSE = ("detr",)  # that learn at a lower rate at demo scale
+DENSE = ("detr", "dab_detr")  # that learn at a lower rate at demo scale
 
 
 def deformable_detr_r50() -> RunConfig:

@@ -21,7 +21,7 @@ def encode_anchors(boxes: Tensor, hidden_dim: int) -> Tensor:
 
 class AnchorHeads(nn.Module):
     """One pair of heads for all layers, which predicts from normed states and corrects the anchors
-    for the next layer from states that are not (section 4.1).
+    for the next layer from states that are not.
 
     The next layer's prediction starts at those anchors and passes its gradient on to them, its
     attention does not.

@@ -25,7 +25,7 @@ from model.precision import full_precision
 from model.queries import Formulation
 
 TEMPERATURE = 20.0
-"""Of the cells' position encoding; the anchors' is 10000 (section 4.4)."""
+"""Of the cells' position encoding (section 4, temperature tuning); the anchors' is 10000."""
 
 # Ours to the names of IDEA-Research/DAB-DETR and DN-DETR; the others are DETR's.
 _NAMES = [
@@ -43,10 +43,10 @@ _NAMES = [
 
 
 class AnchorQueries(Formulation):
-    """Learned anchors (section 4.1). Their content starts at 0, or with `num_patterns` at each of
+    """Learned anchors (section 4). Their content starts at 0, or with `num_patterns` at each of
     as many learned patterns, query p Q + q being anchor q with pattern p.
 
-    With denoising (DN-DETR, section 4.3) the content is that of a label, the one behind all classes
+    With denoising (DN-DETR) the content is that of a label, the one behind all classes
     for queries that detect; its last number is 1 in denoising queries and 0 in those.
     """
 
@@ -60,7 +60,8 @@ class AnchorQueries(Formulation):
         if config.denoising_groups:
             self.labels = nn.Embedding(config.num_classes + 1, width - 1)
         self.position = two_layers(2 * width, nn.Linear(width, width))
-        self.scale = two_layers(width, nn.Linear(width, width))
+        if config.decoder_layers > 1:
+            self.scale = two_layers(width, nn.Linear(width, width))
         self.size = two_layers(width, nn.Linear(width, 2))
 
     def forward(self, memory: Memory, heads: nn.Module) -> Queries:
@@ -90,7 +91,7 @@ class AnchorQueries(Formulation):
     ) -> ConditionalPosition:
         """Both from the anchors that enter the layer. The sine, scaled by the content from the
         second layer on, is modulated in x by w_c / w and in y by h_c / h, (w_c, h_c) the size that
-        the content asks for (section 4.3)."""
+        the content asks for (section 4, modulated Gaussian kernel)."""
         assert references is not None
         anchors = references.attend
         encoded = encode_anchors(anchors, self.width)

@@ -32,7 +32,7 @@ _NAMES = [
 class AnchorAndContentQueries(Formulation):
     """Learned anchors and contents.
 
-    With denoising (DN-DETR, section 4.3) the last number of a content is 1 in denoising queries,
+    With denoising (DN-DETR) the last number of a content is 1 in denoising queries,
     whose others are of their label, and 0 in those that detect.
     """
 
@@ -45,7 +45,8 @@ class AnchorAndContentQueries(Formulation):
         self.anchors = nn.Parameter(torch.randn(config.num_queries, 4))
         self.labels = nn.Embedding(config.num_classes + 1, width - 1) if denoised else None
         self.position = two_layers(2 * width, nn.Linear(width, width))
-        self.scale = two_layers(width, nn.Linear(width, width))
+        if config.decoder_layers > 1:
+            self.scale = two_layers(width, nn.Linear(width, width))
 
     def forward(self, memory: Memory, heads: nn.Module) -> Queries:
         """The same queries for each image."""

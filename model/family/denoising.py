@@ -1,4 +1,4 @@
-"""The denoising queries of DN-DETR (arXiv:2203.01305, section 4): in training, boxes of the ground
+"""The denoising queries of DN-DETR (arXiv:2203.01305): in training, boxes of the ground
 truth with noise on them are queries, too, each of which has to find its own box again.
 
 N batch, Q queries that detect, G groups, T boxes of the whole batch, B boxes of the fullest image,
@@ -94,9 +94,8 @@ class DenoisingQueries(nn.Module):
         size = (len(counts), groups * slots)
         content = queries.content.new_zeros(*size, told.shape[-1]).index_put((image, slot), told)
         anchors = like.new_full((*size, 4), 0.5).index_put((image, slot), moved)
-        counted = torch.zeros(size, dtype=torch.bool, device=like.device)
-        counted[image, slot] = True
-
+        filled = torch.ones_like(slot, dtype=torch.bool)
+        counted = filled.new_zeros(size).index_put((image, slot), filled)
         target = torch.arange(len(boxes), device=like.device).repeat(groups)
         group = Group(
             "dn", groups * slots, known=Known(slot, target), counted=counted, repeats=groups
@@ -111,10 +110,7 @@ class DenoisingQueries(nn.Module):
 
 def _places(counts: list[int], groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Image and slot of each box in each group, group after group: [G T] each."""
-    slots = max(counts)
-    image = [i for i, count in enumerate(counts) for _ in range(count)]
-    first = [j for count in counts for j in range(count)]
-    slot = [group * slots + j for group in range(groups) for j in first]
-    both = torch.tensor([image * groups, slot], dtype=torch.int64)
-    image_of, slot_of = both.to(device, non_blocking=True)
-    return image_of, slot_of
+    image = [torch.full((count,), i, device=device) for i, count in enumerate(counts)]
+    first = torch.cat([torch.arange(count, device=device) for count in counts])
+    group = torch.arange(groups, device=device)[:, None]
+    return torch.cat(image).repeat(groups), (group * max(counts) + first).flatten()

@@ -27,6 +27,13 @@ ARCHITECTURES: dict[str, dict] = {
         "classification": "focal_no_object",
         "num_levels": 1,
     },
+    "dab": {"architecture": "dab_detr", "num_levels": 1, "num_patterns": 2},
+    "dn_dab": {"architecture": "dab_detr", "num_levels": 1, "denoising_groups": 2},
+    "dn_dab_deformable": {
+        "architecture": "dab_deformable_detr",
+        "box_refine": True,
+        "denoising_groups": 2,
+    },
     "faster_rcnn": {
         "architecture": "faster_rcnn",
         "classification": "softmax",
@@ -71,6 +78,11 @@ def make(name: str) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
     return images, padding, [{"labels": 1 + torch.arange(len(b)) % 4, "boxes": b} for b in boxes]
 
 
+def told(config: ModelConfig, targets: list[dict[str, Tensor]]) -> tuple:
+    """What a model wants to know besides the images in training."""
+    return (targets,) if config.wants_targets else ()
+
+
 @pytest.mark.parametrize("batch_name", BATCHES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_step_and_an_evaluation(
@@ -80,7 +92,7 @@ def test_a_step_and_an_evaluation(
     config = small_config(**ARCHITECTURES[architecture])
     model, criterion = build_model(config).train(), build_criterion(config)
     images, padding, targets = make(batch_name)
-    losses = criterion(model(images, padding), targets)
+    losses = criterion(model(images, padding, *told(config, targets)), targets)
     for name, value in losses.items():
         assert value.isfinite(), name
     losses["loss"].backward()
@@ -107,7 +119,7 @@ def test_nan_weights_are_told_and_crash_nothing(
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     images, padding, targets = make("one_image_without_boxes")
-    outputs = model(images, padding)
+    outputs = model(images, padding, *told(config, targets))
     if architecture == "faster_rcnn":  # nothing to match: the loss itself tells the trainer
         assert criterion(outputs, targets)["loss"].isnan()
     else:
@@ -141,10 +153,10 @@ def check_step(config: ModelConfig, dtype: torch.dtype) -> None:
     targets = [{"labels": torch.tensor([1, 3]), "boxes": LARGE} for _ in images]
     with torch.no_grad():
         torch.manual_seed(0)
-        exact = criterion(model(images, padding), targets)["loss"]
+        exact = criterion(model(images, padding, *told(config, targets)), targets)["loss"]
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype):
-        outputs = model(images, padding)
+        outputs = model(images, padding, *told(config, targets))
     losses = criterion(outputs, targets)
     assert all(value.dtype == torch.float32 for value in losses.values())
     rounded = losses["loss"]
