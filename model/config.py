@@ -76,6 +76,11 @@ class ModelConfig:
     """Queries come from the best-scoring encoder tokens (A.4). Implies refinement."""
     proposal_scale: float = 0.05
     """Side of a first-stage proposal on the finest level, relative to the image."""
+    one_to_many_queries: int = 0
+    """So many of the next best proposals detect in training, too, several of them each object
+    (hybrid matching, `model/family/one_to_many.py`). 0: none."""
+    one_to_many_repeats: int = 6
+    """Of these queries, how many are matched to each object."""
     anchor_cells: int = 8
     """Side of a Faster R-CNN's square anchors, in cells of their level (strides 4 to 64)."""
     sampled_proposals: int = 512
@@ -140,6 +145,7 @@ class ModelConfig:
             "feedforward_dim",
             "anchor_cells",
             "sampled_proposals",
+            "one_to_many_repeats",
         ):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name, values in (
@@ -165,6 +171,7 @@ class ModelConfig:
         _require(self, "no_object_weight", 0 < weight <= 1, "0 < no_object_weight <= 1")
         _require(self, "focal_alpha", 0 <= self.focal_alpha <= 1, "0 <= focal_alpha <= 1")
         _require(self, "proposal_scale", 0 < self.proposal_scale < 1, "0 < proposal_scale < 1")
+        _require(self, "one_to_many_queries", self.one_to_many_queries >= 0, "0 or more")
         for name in ("weight", "cost"):
             for term in ("class", "bbox", "giou"):
                 value = getattr(self, f"{term}_{name}")
@@ -207,6 +214,11 @@ class ModelConfig:
             raise ValueError(
                 f"neck, level_exchange: got {self.neck}, {self.level_exchange} with num_levels=1, "
                 "expected plain, True: one level has none to be joined with"
+            )
+        if self.one_to_many_queries and not self.two_stage:
+            raise ValueError(
+                f"one_to_many_queries: got {self.one_to_many_queries} with two_stage=False, "
+                "expected 0: they are proposals of a first stage"
             )
         if self.refines and not self.auxiliary_loss:
             raise ValueError(

@@ -63,10 +63,12 @@ class Criterion(nn.Module):
         losses: dict[str, Tensor] = {}
         total = last.new_zeros(())
         for group, matches in zip(groups, match(groups, truth, self.config), strict=True):
+            # A batch without boxes counts as one with one, repeated or not.
+            wanted = torch.maximum(boxes * group.repeats, num_boxes)
             normalizers = {
-                "loss_ce": self._class_normalizer(group, boxes, num_boxes),
-                "loss_bbox": num_boxes * group.repeats,
-                "loss_giou": num_boxes * group.repeats,
+                "loss_ce": self._class_normalizer(group, boxes, wanted),
+                "loss_bbox": wanted,
+                "loss_giou": wanted,
             }
             for name, values in self._losses(group, matches, truth).items():
                 values = values / normalizers[name]
@@ -122,7 +124,7 @@ class Criterion(nn.Module):
     def _class_normalizer(self, group: Layers, boxes: Tensor, num_boxes: Tensor) -> Tensor:
         """The number of boxes, or for softmax the sum of the queries' weights."""
         if self.config.classification != "softmax":
-            return num_boxes * group.repeats
+            return num_boxes
         weight = self.no_object_weight
         _, images, queries, _ = group.logits.shape
         return weight * images * queries + (1 - weight) * boxes

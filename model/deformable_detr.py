@@ -3,6 +3,7 @@
 from torch import nn
 
 from model.config import ModelConfig
+from model.family.one_to_many import OneToMany
 from model.heads import Heads
 from model.multi_scale import MultiScaleDetector
 from model.official_names import deformable_detr_names
@@ -22,6 +23,8 @@ class DeformableDETR(MultiScaleDetector):
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.heads = Heads(config)
         self.queries = ProposalQueries(config) if config.two_stage else LearnedQueries(config)
+        if config.one_to_many_queries:
+            self.training_queries.append(OneToMany(config))
 
     def official_names(self, key: str) -> list[str]:
         return deformable_detr_names(key, self.config)

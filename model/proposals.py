@@ -23,6 +23,7 @@ class ProposalQueries(Formulation):
         self.width = width
         self.scale = config.proposal_scale
         self.num_queries = config.num_queries
+        self.one_to_many_queries = config.one_to_many_queries
         self.memory_proj = nn.Linear(width, width)
         self.memory_norm = nn.LayerNorm(width)
         self.query_proj = nn.Linear(2 * width, 2 * width)
@@ -34,8 +35,9 @@ class ProposalQueries(Formulation):
         """Column 0 of the first stage's logits alone ranks the proposals. References [N, Q, 4] are
         detached: no gradient passes from the second stage into the first's boxes.
 
-        An image with fewer than `num_queries` tokens gives a query for each of them; an exported
-        graph, whose number of queries is fixed, refuses it.
+        In training those of one-to-many supervision follow the ones that detect. An image with
+        fewer tokens than queries gives a query for each of them; an exported graph, whose number
+        of queries is fixed, refuses it.
         """
         base, usable = cell_proposals(memory.sizes, memory.shapes, memory.padding, self.scale)
         tokens = self.memory_norm(self.memory_proj(memory.tokens.masked_fill(~usable, 0.0)))
@@ -54,11 +56,11 @@ class ProposalQueries(Formulation):
     def _best(self, logits: Tensor) -> Tensor:
         """Tokens [N, Q] of the best proposals, best first."""
         tokens = logits.shape[1]
+        kept = self.num_queries + (self.one_to_many_queries if self.training else 0)
         if torch.compiler.is_exporting():
-            kept = self.num_queries
             torch._check(tokens >= kept)
         else:
-            kept = min(self.num_queries, tokens)
+            kept = min(kept, tokens)
         return logits[..., 0].topk(kept, dim=1).indices
 
     def _encoded(self, boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
