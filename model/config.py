@@ -21,6 +21,7 @@ Architecture = Literal[
     "smca_detr",
     "dab_detr",
     "dab_deformable_detr",
+    "dino",
     "faster_rcnn",
 ]
 DENSE: tuple[Architecture, ...] = ("detr", "conditional_detr", "smca_detr", "dab_detr")
@@ -74,6 +75,13 @@ class ModelConfig:
     """Iterative bounding box refinement (A.4): each decoder layer corrects the boxes before it."""
     two_stage: bool = False
     """Queries come from the best-scoring encoder tokens (A.4). Implies refinement."""
+    mixed_query_selection: bool = False
+    """In two-stage, contents are learned, not taken from the proposals (DINO, section 3.4)."""
+    look_forward_twice: bool = False
+    """With refinement, a layer's boxes train the layer before, too (DINO, section 3.5)."""
+    denoising_pairs: int = 0
+    """In training, queries of noised ground truth, a positive and a negative one of each box, this
+    many pairs for the image with the most boxes (DINO, section 3.3: 100). 0: none."""
     proposal_scale: float = 0.05
     """Side of a first-stage proposal on the finest level, relative to the image."""
     one_to_many_queries: int = 0
@@ -98,7 +106,7 @@ class ModelConfig:
     """Probability that a denoising query is told a label at random."""
     denoising_box_noise: float = 0.4
     """How far a denoising query's centre moves in halves of its box's size, and its size in
-    itself, at most."""
+    itself, at most; in contrastive denoising its sides move, in the same halves."""
     activation_checkpointing: bool = False
     """Recompute the transformer layers in the backward pass: less memory, more time."""
 
@@ -125,12 +133,17 @@ class ModelConfig:
     @property
     def wants_targets(self) -> bool:
         """Whether the model is given the targets in training."""
-        return self.denoising_groups > 0
+        return self.denoising_groups > 0 or self.denoising_pairs > 0
+
+    @property
+    def proposes_classes(self) -> bool:
+        """Whether the first stage tells classes apart."""
+        return self.architecture == "dino"
 
     @property
     def area_eps(self) -> float:
         """Added to areas that a generalised IoU divides by, as the published code does."""
-        anchors = self.architecture in ("dab_detr", "dab_deformable_detr")
+        anchors = self.architecture in ("dab_detr", "dab_deformable_detr", "dino")
         return 1e-6 if anchors else 0.0
 
     def __post_init__(self) -> None:
@@ -210,6 +223,7 @@ class ModelConfig:
                 f"{' or '.join(allowed)}"
             )
         self._check_anchors()
+        self._check_parts_of_dino()
         if self.num_levels == 1 and (self.neck != "plain" or not self.level_exchange):
             raise ValueError(
                 f"neck, level_exchange: got {self.neck}, {self.level_exchange} with num_levels=1, "
@@ -245,6 +259,29 @@ class ModelConfig:
             raise ValueError(
                 f"architecture: got dab_deformable_detr with box_refine={self.box_refine}, "
                 f"two_stage={self.two_stage}, expected True, False"
+            )
+
+    def _check_parts_of_dino(self) -> None:
+        dino, own = self.architecture == "dino", self.architecture == "deformable_detr"
+        _require(self, "denoising_pairs", self.denoising_pairs >= 0, "at least 0")
+        if dino and not self.two_stage:
+            raise ValueError("two_stage: got False with dino, expected True")
+        if dino and self.num_levels == 1:
+            raise ValueError("num_levels: got 1 with dino, expected 3 and up")
+        for name, needed in (
+            ("mixed_query_selection", "two_stage"),
+            ("look_forward_twice", "refines"),
+        ):
+            if getattr(self, name) and not (own and getattr(self, needed)):
+                raise ValueError(
+                    f"{name}: got True with {self.architecture} and two_stage={self.two_stage}, "
+                    f"box_refine={self.box_refine}, expected False: it is a part of "
+                    "deformable_detr with these, and dino has it always"
+                )
+        if self.denoising_pairs and not (dino or (own and self.two_stage)):
+            raise ValueError(
+                f"denoising_pairs: got {self.denoising_pairs} with {self.architecture} and "
+                f"two_stage={self.two_stage}, expected 0, dino, or deformable_detr in two stages"
             )
 
 
