@@ -127,9 +127,9 @@ class ContrastiveDenoising(nn.Module):
 
 def _places(counts: list[int], groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Image and place of each query [G, 2, T], of images with so many boxes."""
-    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    first = torch.cat([torch.arange(count) for count in counts])
-    image, first = torch.stack((image, first)).to(device, non_blocking=True)
+    # Made on the device: a copy from the host would wait for all that it has to do.
+    image = torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(counts)])
+    first = torch.cat([torch.arange(n, device=device) for n in counts])
     part = torch.arange(groups * 2, device=device).view(groups, 2, 1)
     return image.expand(groups, 2, -1), part * max(counts) + first
 
