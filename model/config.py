@@ -21,6 +21,7 @@ Architecture = Literal[
     "smca_detr",
     "dab_detr",
     "dab_deformable_detr",
+    "dino",
     "faster_rcnn",
 ]
 DENSE: tuple[Architecture, ...] = ("detr", "conditional_detr", "smca_detr", "dab_detr")
@@ -74,8 +75,20 @@ class ModelConfig:
     """Iterative bounding box refinement (A.4): each decoder layer corrects the boxes before it."""
     two_stage: bool = False
     """Queries come from the best-scoring encoder tokens (A.4). Implies refinement."""
+    mixed_query_selection: bool = False
+    """In two-stage, contents are learned, not taken from the proposals (DINO, section 3.4)."""
+    look_forward_twice: bool = False
+    """With refinement, a layer's boxes train the layer before, too (DINO, section 3.5)."""
+    denoising_pairs: int = 0
+    """In training, queries of noised ground truth, a positive and a negative one of each box, this
+    many pairs for the image with the most boxes (DINO, section 3.3: 100). 0: none."""
     proposal_scale: float = 0.05
     """Side of a first-stage proposal on the finest level, relative to the image."""
+    one_to_many_queries: int = 0
+    """So many of the next best proposals detect in training, too, several of them each object
+    (hybrid matching, `model/family/one_to_many.py`). 0: none."""
+    one_to_many_repeats: int = 6
+    """Of these queries, how many are matched to each object."""
     anchor_cells: int = 8
     """Side of a Faster R-CNN's square anchors, in cells of their level (strides 4 to 64)."""
     sampled_proposals: int = 512
@@ -93,7 +106,7 @@ class ModelConfig:
     """Probability that a denoising query is told a label at random."""
     denoising_box_noise: float = 0.4
     """How far a denoising query's centre moves in halves of its box's size, and its size in
-    itself, at most."""
+    itself, at most; in contrastive denoising its sides move, in the same halves."""
     activation_checkpointing: bool = False
     """Recompute the transformer layers in the backward pass: less memory, more time."""
 
@@ -120,12 +133,17 @@ class ModelConfig:
     @property
     def wants_targets(self) -> bool:
         """Whether the model is given the targets in training."""
-        return self.denoising_groups > 0
+        return self.denoising_groups > 0 or self.denoising_pairs > 0
+
+    @property
+    def proposes_classes(self) -> bool:
+        """Whether the first stage tells classes apart."""
+        return self.architecture == "dino"
 
     @property
     def area_eps(self) -> float:
         """Added to areas that a generalised IoU divides by, as the published code does."""
-        anchors = self.architecture in ("dab_detr", "dab_deformable_detr")
+        anchors = self.architecture in ("dab_detr", "dab_deformable_detr", "dino")
         return 1e-6 if anchors else 0.0
 
     def __post_init__(self) -> None:
@@ -140,6 +158,7 @@ class ModelConfig:
             "feedforward_dim",
             "anchor_cells",
             "sampled_proposals",
+            "one_to_many_repeats",
         ):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name, values in (
@@ -165,6 +184,7 @@ class ModelConfig:
         _require(self, "no_object_weight", 0 < weight <= 1, "0 < no_object_weight <= 1")
         _require(self, "focal_alpha", 0 <= self.focal_alpha <= 1, "0 <= focal_alpha <= 1")
         _require(self, "proposal_scale", 0 < self.proposal_scale < 1, "0 < proposal_scale < 1")
+        _require(self, "one_to_many_queries", self.one_to_many_queries >= 0, "0 or more")
         for name in ("weight", "cost"):
             for term in ("class", "bbox", "giou"):
                 value = getattr(self, f"{term}_{name}")
@@ -203,10 +223,16 @@ class ModelConfig:
                 f"{' or '.join(allowed)}"
             )
         self._check_anchors()
+        self._check_parts_of_dino()
         if self.num_levels == 1 and (self.neck != "plain" or not self.level_exchange):
             raise ValueError(
                 f"neck, level_exchange: got {self.neck}, {self.level_exchange} with num_levels=1, "
                 "expected plain, True: one level has none to be joined with"
+            )
+        if self.one_to_many_queries and not self.two_stage:
+            raise ValueError(
+                f"one_to_many_queries: got {self.one_to_many_queries} with two_stage=False, "
+                "expected 0: they are proposals of a first stage"
             )
         if self.refines and not self.auxiliary_loss:
             raise ValueError(
@@ -233,6 +259,29 @@ class ModelConfig:
             raise ValueError(
                 f"architecture: got dab_deformable_detr with box_refine={self.box_refine}, "
                 f"two_stage={self.two_stage}, expected True, False"
+            )
+
+    def _check_parts_of_dino(self) -> None:
+        dino, own = self.architecture == "dino", self.architecture == "deformable_detr"
+        _require(self, "denoising_pairs", self.denoising_pairs >= 0, "at least 0")
+        if dino and not self.two_stage:
+            raise ValueError("two_stage: got False with dino, expected True")
+        if dino and self.num_levels == 1:
+            raise ValueError("num_levels: got 1 with dino, expected 3 and up")
+        for name, needed in (
+            ("mixed_query_selection", "two_stage"),
+            ("look_forward_twice", "refines"),
+        ):
+            if getattr(self, name) and not (own and getattr(self, needed)):
+                raise ValueError(
+                    f"{name}: got True with {self.architecture} and two_stage={self.two_stage}, "
+                    f"box_refine={self.box_refine}, expected False: it is a part of "
+                    "deformable_detr with these, and dino has it always"
+                )
+        if self.denoising_pairs and not (dino or (own and self.two_stage)):
+            raise ValueError(
+                f"denoising_pairs: got {self.denoising_pairs} with {self.architecture} and "
+                f"two_stage={self.two_stage}, expected 0, dino, or deformable_detr in two stages"
             )
 
 

@@ -46,9 +46,9 @@ class Criterion(nn.Module):
         calls (a batch without any box counts as one with one). Returns unweighted `loss_ce`,
         `loss_bbox`, `loss_giou` of the last layer, with `_0`, ... of the layers before, `_enc` of
         the first stage and `_NAME` of each group of queries of training alone, and `loss`, the
-        weighted sum of them all. The first stage is class agnostic: its labels are all 0. Raises
-        ValueError if there is not one target for each image, FloatingPointError if predictions
-        are NaN.
+        weighted sum of them all. The labels of a first stage that does not tell classes apart are
+        all 0. Raises ValueError if there is not one target for each image, FloatingPointError if
+        predictions are NaN.
         """
         last = full_precision(outputs["pred_boxes"])
         if len(targets) != len(last):
@@ -59,14 +59,16 @@ class Criterion(nn.Module):
             num_boxes = boxes.clamp(min=1)
         else:
             boxes = num_boxes = num_boxes.to(last)
-        groups = _layer_groups(outputs, truth)
+        groups = _layer_groups(outputs, truth, self.config)
         losses: dict[str, Tensor] = {}
         total = last.new_zeros(())
         for group, matches in zip(groups, match(groups, truth, self.config), strict=True):
+            # A batch without boxes counts as one with one, repeated or not.
+            wanted = torch.maximum(boxes * group.repeats, num_boxes)
             normalizers = {
-                "loss_ce": self._class_normalizer(group, boxes, num_boxes),
-                "loss_bbox": num_boxes * group.repeats,
-                "loss_giou": num_boxes * group.repeats,
+                "loss_ce": self._class_normalizer(group, boxes, wanted),
+                "loss_bbox": wanted,
+                "loss_giou": wanted,
             }
             for name, values in self._losses(group, matches, truth).items():
                 values = values / normalizers[name]
@@ -122,7 +124,7 @@ class Criterion(nn.Module):
     def _class_normalizer(self, group: Layers, boxes: Tensor, num_boxes: Tensor) -> Tensor:
         """The number of boxes, or for softmax the sum of the queries' weights."""
         if self.config.classification != "softmax":
-            return num_boxes * group.repeats
+            return num_boxes
         weight = self.no_object_weight
         _, images, queries, _ = group.logits.shape
         return weight * images * queries + (1 - weight) * boxes
@@ -156,7 +158,7 @@ def gather_truth(targets: Targets, like: Tensor) -> Truth:
     )
 
 
-def _layer_groups(outputs: dict[str, Any], truth: Truth) -> list[Layers]:
+def _layer_groups(outputs: dict[str, Any], truth: Truth, config: ModelConfig) -> list[Layers]:
     groups = [_layers(outputs, truth)]
     if "enc_outputs" in outputs:
         first = outputs["enc_outputs"]
@@ -165,7 +167,7 @@ def _layer_groups(outputs: dict[str, Any], truth: Truth) -> list[Layers]:
                 names=["_enc"],
                 logits=first["pred_logits"][None],
                 boxes=full_precision(first["pred_boxes"])[None],
-                labels=torch.zeros_like(truth.labels),
+                labels=truth.labels * config.proposes_classes,
             )
         )
     return groups + [_layers(x, truth, x["group"]) for x in outputs.get("groups", [])]

@@ -3,6 +3,10 @@
 from torch import nn
 
 from model.config import ModelConfig
+from model.family.contrastive_denoising import ContrastiveDenoising
+from model.family.look_forward_twice import LookForwardTwice
+from model.family.mixed_selection import MixedQueries
+from model.family.one_to_many import OneToMany
 from model.heads import Heads
 from model.multi_scale import MultiScaleDetector
 from model.official_names import deformable_detr_names
@@ -20,8 +24,19 @@ class DeformableDETR(MultiScaleDetector):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        self.heads = Heads(config)
-        self.queries = ProposalQueries(config) if config.two_stage else LearnedQueries(config)
+        self.heads = (LookForwardTwice if config.look_forward_twice else Heads)(config)
+        if config.two_stage:
+            self.queries = (MixedQueries if config.mixed_query_selection else ProposalQueries)(
+                config
+            )
+        else:
+            self.queries = LearnedQueries(config)
+        if config.one_to_many_queries:
+            self.training_queries.append(OneToMany(config))
+        if config.denoising_pairs:
+            assert isinstance(self.queries, ProposalQueries)
+            noised = ContrastiveDenoising(config, self.queries.position_of)
+            self.training_queries.append(noised)
 
     def official_names(self, key: str) -> list[str]:
         return deformable_detr_names(key, self.config)

@@ -10,6 +10,7 @@ from model.dense_detr import DenseDETR
 from model.family.conditional import ConditionalDETR
 from model.family.dab import DABDETR
 from model.family.dab_deformable import DABDeformableDETR
+from model.family.dino import DINO
 from model.family.smca import SMCADETR
 from model.faster_rcnn import FasterRCNN
 
@@ -24,5 +25,6 @@ def build_model(config: ModelConfig) -> nn.Module:
         "faster_rcnn": FasterRCNN,
         "dab_detr": DABDETR,
         "dab_deformable_detr": DABDeformableDETR,
+        "dino": DINO,
     }
     return detectors[config.architecture](config)

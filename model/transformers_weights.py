@@ -159,7 +159,10 @@ def _config_of(model: nn.Module) -> ModelConfig:
             "with a ResNet or ResNeXt backbone"
         )
     config = model.config
-    needed: dict[str, Any] = {"neck": "plain", "level_exchange": True}
+    needed: dict[str, Any] = {
+        "neck": "plain", "level_exchange": True, "mixed_query_selection": False,
+        "denoising_pairs": 0,
+    }  # fmt: skip
     if config.two_stage:
         needed["proposal_scale"] = 0.05
     if config.architecture == "detr":

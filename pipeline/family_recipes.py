@@ -120,6 +120,33 @@ def dn_dab_deformable_detr_r50() -> RunConfig:
     )
 
 
+def dino_r50_4scale() -> RunConfig:
+    """DINO with ResNet-50 and four levels (its README: 49.0 AP).
+
+    900 queries, feed-forwards of 2048, no dropout, contrastive denoising with 100 pairs and the box
+    noise of its training script (1.0; its configuration file has 0.4), offsets at the rate of the
+    rest; 12 epochs, drop at 11, 16 images a step. 50.4 AP after 24 epochs, drop at 20; 50.9 after
+    36, drop at 30.
+    """
+    return RunConfig(
+        recipe="dino_r50_4scale",
+        model=ModelConfig(
+            architecture="dino",
+            two_stage=True,
+            num_queries=900,
+            feedforward_dim=2048,
+            dropout=0.0,
+            class_weight=1.0,
+            denoising_pairs=100,
+            denoising_label_noise=0.25,
+            denoising_box_noise=1.0,
+        ),
+        data=DataConfig(labels="category_id"),
+        optimizer=OptimizerConfig(lr=1e-4, backbone_lr=1e-5, offsets_lr_factor=1.0, batch_size=16),
+        schedule=ScheduleConfig(epochs=12, drop_epochs=(11,)),
+    )
+
+
 FAMILY: tuple[Callable[[], RunConfig], ...] = (
     conditional_detr_r50,
     conditional_detr_r50_dc5,
@@ -130,4 +157,5 @@ FAMILY: tuple[Callable[[], RunConfig], ...] = (
     dn_dab_detr_r50,
     dn_dab_detr_r50_dc5,
     dn_dab_deformable_detr_r50,
+    dino_r50_4scale,
 )

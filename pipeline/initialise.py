@@ -17,8 +17,12 @@ from pipeline.config import RunConfig
 from pipeline.engine import seed_step
 from pipeline.errors import UserError
 
-OUR_CLASS_HEAD = re.compile(r"^heads\.classes\.(\d+\.)?(weight|bias)$")
-PUBLISHED_CLASS_HEAD = re.compile(r"^(transformer\.decoder\.)?class_embed\.(\d+\.)?(weight|bias)$")
+OUR_CLASS_HEAD = re.compile(r"^(heads|queries)\.classes\.(\d+\.)?(weight|bias)$")
+PUBLISHED_CLASS_HEAD = re.compile(
+    r"^(transformer\.(decoder\.|enc_out_))?class_embed\.(\d+\.)?(weight|bias)$"
+)
+# What denoising queries are told of their classes: a row for each, and one for none.
+LABELS = re.compile(r"^(label_enc|(training_)?queries\.(\d+\.)?labels)\.weight$")
 # A Faster R-CNN's heads, boxes for each class among them, are named alike in both.
 BOTH_CLASS_HEADS = re.compile(r"^roi_heads\.box_predictor\.(cls_score|bbox_pred)\.(weight|bias)$")
 
@@ -109,7 +113,7 @@ def is_ours(state: Mapping[str, Tensor]) -> bool:
 
 def is_class_head(name: str) -> bool:
     """Whether a weight of this name has a row for each class, in our names or published ones."""
-    patterns = (OUR_CLASS_HEAD, PUBLISHED_CLASS_HEAD, BOTH_CLASS_HEADS)
+    patterns = (OUR_CLASS_HEAD, PUBLISHED_CLASS_HEAD, BOTH_CLASS_HEADS, LABELS)
     return any(pattern.match(name) for pattern in patterns)
 
 
@@ -124,10 +128,10 @@ def with_own_class_heads(
     about them ("" where none differs)."""
     own = {name: x for name, x in model.state_dict().items() if is_class_head(name)}
     # Every class head of a DETR starts as a copy of one, so one stands for all, under any name.
-    any_head = {name.rsplit(".", 1)[1]: value for name, value in own.items()}
-    given = {name: x for name, x in state.items() if is_class_head(name)}
-    fresh = {name: own.get(name, any_head[name.rsplit(".", 1)[1]]) for name in given}
-    classes = [name for name in given if "bbox_pred" not in name]
+    any_head = {_kind(name): value for name, value in own.items()}
+    given = {n: x for n, x in state.items() if is_class_head(n) and _kind(n) in any_head}
+    fresh = {name: own.get(name, any_head[_kind(name)]) for name in given}
+    classes = [name for name in given if "bbox_pred" not in name and not LABELS.match(name)]
     rows = {len(given[name]) for name in classes if given[name].dim()}
     if len(rows) != 1:
         raise ValueError(f"class heads: got {sorted(rows)} classes, expected one number in all")
@@ -147,6 +151,11 @@ def with_own_class_heads(
         f"re-initialised {', '.join(own)}, because the checkpoint's {why}; all other tensors are "
         f"loaded"
     )
+
+
+def _kind(name: str) -> str:
+    """Of a class head: "weight" or "bias", or what denoising queries are told."""
+    return "labels" if LABELS.match(name) else name.rsplit(".", 1)[1]
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:

@@ -17,6 +17,7 @@ ARCHITECTURES: dict[str, dict] = {
     "deformable": {},
     "refine": {"box_refine": True},
     "two_stage": {"two_stage": True},
+    "one_to_many": {"two_stage": True, "one_to_many_queries": 20},
     "single_scale": {"num_levels": 1},
     "own_level": {"level_exchange": False, "neck": "bifpn"},
     "detr": {"architecture": "detr", "classification": "softmax", "num_levels": 1},
