@@ -50,7 +50,7 @@ class ConditionalQueries(Formulation):
 
     def forward(self, memory: Memory, heads: Any) -> Queries:
         """The same queries for each image, with references [N, Q, 2]; the content starts at 0."""
-        batch = len(memory.tokens)
+        batch = memory.tokens.shape[0]
         position = self.embed.expand(batch, -1, -1)
         points = self.reference(self.embed).sigmoid().expand(batch, -1, -1)
         return Queries(

@@ -101,7 +101,7 @@ class FocusedQueries(Formulation):
     def forward(self, memory: Memory, heads: Any) -> Queries:
         """The same queries for each image. `References.correct` are the logits of the points, which
         the published heads correct without clamping them."""
-        batch = len(memory.tokens)
+        batch = memory.tokens.shape[0]
         position = self.embed.expand(batch, -1, -1)
         first = self.foci[0]
         assert isinstance(first, FocusHead)
