@@ -131,7 +131,8 @@ class ModulatedCrossAttention(CrossAttention):
         attended = F.scaled_dot_product_attention(
             query, key, value, gaussian.to(query.dtype), self.dropout if self.training else 0.0
         )
-        return self.output_proj(attended.transpose(1, 2).flatten(2))
+        # Not by a view: in a graph for ONNX the strides are others than where it was traced.
+        return self.output_proj(torch.cat(attended.unbind(1), dim=-1))
 
 
 class SMCADecoderLayer(DenseDecoderLayer):
