@@ -4,6 +4,8 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,9 @@ from model.heads import Heads
 from model.parts import References
 from model.proposals import ProposalQueries
 from model.weights import load_official
+from pipeline.checkpoint_store import Progress, write
+from pipeline.config import InitConfig
+from pipeline.initialise import initial_model
 from pipeline.recipes import recipe
 
 Config = Callable[..., ModelConfig]
@@ -359,6 +364,35 @@ def test_other_tensors_are_refused(
     change(state)
     with pytest.raises(ValueError, match=message):
         load_official(model, state)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("classes", [CLASSES, 3])
+def test_weights_for_other_classes(loaded: Any, tmp_path: Path, ours: bool, classes: int) -> None:
+    """Of a published file and of one of ours: both class heads are fresh then, and so is what
+    denoising queries are told; all else comes from the file."""
+    model, state = loaded
+    small = ModelConfig(**SMALL)
+    if ours:
+        config = replace(recipe("demo"), model=small).to_json()
+        labels = {"category_of": tuple(range(CLASSES)), "names": tuple("abcde")}
+        content = {"config": config, "labels": labels, "progress": {}}
+        content["model"] = {n: x.float() for n, x in model.state_dict().items()}
+        write(tmp_path / "run", Progress(5, 1), content, {})
+        weights = tmp_path / "run" / "checkpoints" / "step-00000005"
+    else:
+        torch.save({"model": state}, weights := tmp_path / "published.pth")
+    wanted = replace(small, num_classes=classes)
+    config = replace(recipe("demo"), model=wanted, init=InitConfig(weights=str(weights)))
+    found, said = initial_model(config)
+    per_class = ("heads.classes.", "queries.classes.", "training_queries.0.labels.")
+    for name, value in found.state_dict().items():
+        if classes == CLASSES or not name.startswith(per_class):
+            assert torch.equal(value, model.state_dict()[name].float()), name
+        else:
+            assert len(value) == classes + int("labels" in name)
+            assert name in said
+    assert ("5 rows and this run's 3" in said) == (classes == 3)
 
 
 def test_the_published_number_of_parameters() -> None:
