@@ -37,6 +37,7 @@ PUBLISHED = {
     "faster_rcnn_r50_fpn": (42, 180),
     "conditional_detr_r50": (44, 90),
     "conditional_detr_r50_dc5": (44, 195),
+    "dino_r50_4scale": (47, 279),
 }
 """Millions of parameters and G of multiply-adds: Table 1 of the paper; the two single-scale rows
 are in the official repository's README alone, those of the family in its methods' own."""

@@ -35,6 +35,13 @@ ARCHITECTURES: dict[str, dict] = {
         "box_refine": True,
         "denoising_groups": 2,
     },
+    "dino": {"architecture": "dino", "two_stage": True, "denoising_pairs": 6},
+    "parts_of_dino": {
+        "two_stage": True,
+        "mixed_query_selection": True,
+        "look_forward_twice": True,
+        "denoising_pairs": 6,
+    },
     "faster_rcnn": {
         "architecture": "faster_rcnn",
         "classification": "softmax",
