@@ -15,6 +15,9 @@ from model.config import ModelConfig
 from model.criterion import build_criterion
 from model.detr import build_model
 from model.parts import Memory, Queries, References
+from model.weights import load_official
+from pipeline.recipes import recipe
+from tests.model.test_weights import SMALL, published
 
 Config = Callable[..., ModelConfig]
 Batch = tuple[Tensor, Tensor, list[dict[str, Tensor]]]
@@ -223,6 +226,32 @@ def test_the_queries_of_training_are_one_graph(small_config: Config, batch: Batc
     assert torch.equal(found.mask, expected.mask)
     assert torch.equal(found.references.attend, expected.references.attend)
     torch._dynamo.reset()
+
+
+def test_the_published_model_has_these_parameters() -> None:
+    """Counted in H-Deformable-DETR's own model: ResNet-50, tricks and hybrid branch, 300 + 1500
+    queries. The recipe has denoising beside."""
+    config = recipe("deformable_detr_r50_12ep").model
+    with torch.device("meta"):
+        parameters = list(build_model(replace(config, denoising_pairs=0)).parameters())
+    assert sum(p.numel() for p in parameters) == 47_946_073
+    assert sum(p.numel() for p in parameters if p.requires_grad) == 47_723_673
+
+
+def test_published_weights_have_a_content_for_all_queries() -> None:
+    config = ModelConfig(**SMALL, **O2M, mixed_query_selection=True, look_forward_twice=True)
+    model = build_model(config)
+    state = published(refine=True, two_stage=True, levels=4)
+    with pytest.raises(
+        ValueError, match=r"missing keys: query_embed\.weight; unexpected keys: none"
+    ):
+        load_official(model, state)
+    state["query_embed.weight"] = torch.randn(6, 32)
+    with pytest.raises(ValueError, match=r"queries\.embed: got \(6, 32\), expected \(30, 32\)"):
+        load_official(model, state)
+    state["query_embed.weight"] = torch.randn(6 + 24, 32)
+    load_official(model, state)
+    assert torch.equal(model.queries.embed, state["query_embed.weight"])
 
 
 def test_queries_of_a_first_stage_are_asked_for(small_config: Config) -> None:
