@@ -130,6 +130,25 @@ def test_in_training_neither_set_of_queries_sees_the_other(
         torch.testing.assert_close(x["pred_boxes"], boxes, rtol=1e-11, atol=0)
 
 
+def test_denoising_beside_them_is_seen_by_neither(small_config: Config, batch: Batch) -> None:
+    """All that `deformable_detr_r50_12ep` has in training, against evaluation and against the same
+    without denoising."""
+    images, padding, targets = batch
+    torch.manual_seed(0)
+    tricks = {"mixed_query_selection": True, "look_forward_twice": True}
+    model = build_model(small_config(**O2M, **tricks, denoising_pairs=6)).double().train()
+    found = model(images, padding, targets)
+    assert [group["group"].name for group in found["groups"]] == ["o2m", "dn"]
+    without = build_model(small_config(**O2M, **tricks)).double().train()
+    without.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        (group,) = without(images, padding)["groups"]
+        alone = model.eval()(images, padding)
+    for x, y in ((found, alone), (found["groups"][0], group)):
+        for name in ("pred_logits", "pred_boxes"):
+            torch.testing.assert_close(x[name], y[name], rtol=1e-11, atol=0)
+
+
 def test_the_other_queries_are_the_next_best_proposals(small_config: Config, batch: Batch) -> None:
     images, padding, _ = batch
     model, _ = with_and_without(small_config)
