@@ -1,4 +1,5 @@
-"""The paper's numbers (Tables 1 to 3), as `published.json` next to this file holds them."""
+"""Published numbers: the paper's Tables 1 to 3, and those that the 12-epoch recipe is held against.
+`published.json` next to this file holds them."""
 
 import difflib
 import json
@@ -15,7 +16,8 @@ METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 @dataclass(frozen=True)
 class Published:
     """One row of a table. `metrics`: percent, without those that the paper leaves out; `extra`:
-    the row's other columns (gpu_hours, fps, …); `source`: where it stands, "Table 1, row 6"."""
+    the row's other columns (gpu_hours, fps, …); `source`: where it stands, "Table 1, row 6" of the
+    paper, or elsewhere."""
 
     key: str
     label: str
@@ -39,7 +41,8 @@ class Table:
 
 @cache
 def tables() -> dict[str, Table]:
-    """Tables 1 to 3 and what text gives of Figure 3, by name: "table1", …, "figure3"."""
+    """Tables 1 to 3, "recipe12" and what text gives of Figure 3, by name: "table1", …,
+    "figure3"."""
     content = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     found = {name: _table(name, table) for name, table in content["tables"].items()}
     known = {row.key: row for table in found.values() for row in table.rows}
@@ -54,6 +57,7 @@ def _table(name: str, table: dict[str, Any]) -> Table:
     for number, values in enumerate(table["rows"], 1):
         row = dict(zip(table["columns"], values, strict=True))
         metrics = {metric: row.pop(metric) for metric in METRICS}
+        source = row.pop("source", f"{name.replace('table', 'Table ')}, row {number}")
         rows.append(
             Published(
                 key=f"{name}/{row.pop('key')}",
@@ -62,7 +66,7 @@ def _table(name: str, table: dict[str, Any]) -> Table:
                 epochs=row.pop("epochs", None),
                 metrics={metric: value for metric, value in metrics.items() if value is not None},
                 extra=row,
-                source=f"{name.replace('table', 'Table ')}, row {number}",
+                source=source,
                 split=table["split"],
             )
         )

@@ -85,8 +85,8 @@ class ModelConfig:
     proposal_scale: float = 0.05
     """Side of a first-stage proposal on the finest level, relative to the image."""
     one_to_many_queries: int = 0
-    """So many of the next best proposals detect in training, too, several of them each object
-    (hybrid matching, `model/family/one_to_many.py`). 0: none."""
+    """So many of the next best proposals are queries in training, too, several of which find the
+    same object (hybrid matching, `model/family/one_to_many.py`: 1500, +1.7 AP). 0: none."""
     one_to_many_repeats: int = 6
     """Of these queries, how many are matched to each object."""
     anchor_cells: int = 8

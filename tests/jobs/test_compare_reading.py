@@ -19,10 +19,13 @@ from tests.jobs.made_up_runs import FULL, cell, row_of, write_grid, write_run
 
 def test_the_paper_has_8_6_and_9_rows_and_each_is_consistent():
     assert {name: len(table.rows) for name, table in tables().items()} == {
-        "table1": 8, "table2": 6, "table3": 9, "figure3": 3,
+        "table1": 8, "table2": 6, "table3": 9, "recipe12": 7, "figure3": 3,
     }  # fmt: skip
     for row in (row for table in tables().values() for row in table.rows):
         values = row.metrics
+        if set(values) == {"AP"}:
+            assert row.source == "README of github.com/HDETR/H-Deformable-DETR"
+            continue
         assert set(values) >= {"AP", "AP50", "AP75"}, row.key
         assert values["AP75"] < values["AP50"], row.key
         assert values["AP"] < values["AP50"], row.key

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from jobs.grid_command import run_grid
 from jobs.grid_file import find_grid
 from jobs.grid_options import GridData, GridOptions, common
 from jobs.papers_grids import PAPERS_GRIDS, figure3, table1, table2, table3
+from jobs.recipe12_grid import recipe12
 from model.detr import build_model
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -93,6 +95,33 @@ def test_figure_3_has_several_drops_and_detr_for_as_long_and_ten_times_as_long()
     }  # fmt: skip
 
 
+def test_recipe_12_goes_from_two_stage_to_the_recipe_one_switch_at_a_time():
+    rows = configs(recipe12())
+    whole = recipe("deformable_detr_r50_12ep")
+    assert differences(recipe("deformable_detr_r50_two_stage"), rows["two_stage"]) == {
+        "model.feedforward_dim": [1024, 2048], "optimizer.batch_size": [32, 16],
+        "schedule.epochs": [50, 12], "schedule.drop_epochs": [(40,), (11,)],
+    }  # fmt: skip
+    names = list(rows)
+    steps = [differences(rows[a], rows[b]) for a, b in pairwise(names)]
+    assert list(zip(names[1:], steps, strict=True)) == [
+        ("no_dropout", {"model.dropout": [0.1, 0.0]}),
+        ("mixed_selection", {"model.mixed_query_selection": [False, True]}),
+        ("look_forward_twice", {"model.look_forward_twice": [False, True]}),
+        ("one_to_many", {"model.one_to_many_queries": [0, 1500]}),
+        ("denoising", {"model.denoising_pairs": [0, 100]}),
+        ("average", {"optimizer.ema_decay": [0.0, 0.9997]}),
+        ("all_but_one_to_many", {"model.one_to_many_queries": [1500, 0]}),
+    ]
+    assert differences(rows["average"], whole) == {}
+    small = configs(recipe12(), small=True)
+    assert differences(small["average"], recipe("deformable_detr_r50_12ep_demo")) == {
+        "schedule.epochs": [1, 6],
+    }  # fmt: skip
+    assert small["one_to_many"].model.one_to_many_queries == 150
+    assert len(runs(wanted(recipe12(), small=True))) == 7  # none has dropout there
+
+
 @pytest.mark.parametrize("name", PAPERS_GRIDS)
 def test_at_demo_scale_every_cell_trains_and_stays_what_it_is(name):
     grid = find_grid(name)
@@ -112,7 +141,7 @@ def test_every_published_key_is_a_row_of_ours(name):
     known = {f"{table}/{row[0]}" for table, rows in tables.items() for row in rows["rows"]}
     keys = [cell.published for cell in find_grid(name).cells if cell.published]
     assert set(keys) <= known
-    assert len(keys) == len(set(keys)) >= (4 if name != "figure3" else 3)
+    assert len(keys) == len(set(keys)) >= (3 if name in ("figure3", "recipe12") else 4)
     if name in ("table1", "table2"):  # Table 3 has other detectors, too
         assert len(keys) == len(tables[name]["rows"])
 

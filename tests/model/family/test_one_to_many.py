@@ -15,6 +15,9 @@ from model.config import ModelConfig
 from model.criterion import build_criterion
 from model.detr import build_model
 from model.parts import Memory, Queries, References
+from model.weights import load_official
+from pipeline.recipes import recipe
+from tests.model.test_weights import SMALL, published
 
 Config = Callable[..., ModelConfig]
 Batch = tuple[Tensor, Tensor, list[dict[str, Tensor]]]
@@ -127,6 +130,25 @@ def test_in_training_neither_set_of_queries_sees_the_other(
         torch.testing.assert_close(x["pred_boxes"], boxes, rtol=1e-11, atol=0)
 
 
+def test_denoising_beside_them_is_seen_by_neither(small_config: Config, batch: Batch) -> None:
+    """All that `deformable_detr_r50_12ep` has in training, against evaluation and against the same
+    without denoising."""
+    images, padding, targets = batch
+    torch.manual_seed(0)
+    tricks = {"mixed_query_selection": True, "look_forward_twice": True}
+    model = build_model(small_config(**O2M, **tricks, denoising_pairs=6)).double().train()
+    found = model(images, padding, targets)
+    assert [group["group"].name for group in found["groups"]] == ["o2m", "dn"]
+    without = build_model(small_config(**O2M, **tricks)).double().train()
+    without.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        (group,) = without(images, padding)["groups"]
+        alone = model.eval()(images, padding)
+    for x, y in ((found, alone), (found["groups"][0], group)):
+        for name in ("pred_logits", "pred_boxes"):
+            torch.testing.assert_close(x[name], y[name], rtol=1e-11, atol=0)
+
+
 def test_the_other_queries_are_the_next_best_proposals(small_config: Config, batch: Batch) -> None:
     images, padding, _ = batch
     model, _ = with_and_without(small_config)
@@ -223,6 +245,32 @@ def test_the_queries_of_training_are_one_graph(small_config: Config, batch: Batc
     assert torch.equal(found.mask, expected.mask)
     assert torch.equal(found.references.attend, expected.references.attend)
     torch._dynamo.reset()
+
+
+def test_the_published_model_has_these_parameters() -> None:
+    """Counted in H-Deformable-DETR's own model: ResNet-50, tricks and hybrid branch, 300 + 1500
+    queries. The recipe has denoising beside."""
+    config = recipe("deformable_detr_r50_12ep").model
+    with torch.device("meta"):
+        parameters = list(build_model(replace(config, denoising_pairs=0)).parameters())
+    assert sum(p.numel() for p in parameters) == 47_946_073
+    assert sum(p.numel() for p in parameters if p.requires_grad) == 47_723_673
+
+
+def test_published_weights_have_a_content_for_all_queries() -> None:
+    config = ModelConfig(**SMALL, **O2M, mixed_query_selection=True, look_forward_twice=True)
+    model = build_model(config)
+    state = published(refine=True, two_stage=True, levels=4)
+    with pytest.raises(
+        ValueError, match=r"missing keys: query_embed\.weight; unexpected keys: none"
+    ):
+        load_official(model, state)
+    state["query_embed.weight"] = torch.randn(6, 32)
+    with pytest.raises(ValueError, match=r"queries\.embed: got \(6, 32\), expected \(30, 32\)"):
+        load_official(model, state)
+    state["query_embed.weight"] = torch.randn(6 + 24, 32)
+    load_official(model, state)
+    assert torch.equal(model.queries.embed, state["query_embed.weight"])
 
 
 def test_queries_of_a_first_stage_are_asked_for(small_config: Config) -> None:
