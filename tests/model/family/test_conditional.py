@@ -24,6 +24,7 @@ from model.family.concat_attention import (
 from model.parts import Memory
 from model.postprocess import postprocess
 from model.weights import load_official
+from pipeline.recipes import recipe
 from tests.model.family.plain_detr import (
     State,
     assert_same_gradients,
@@ -112,6 +113,47 @@ def test_outputs_and_gradients_are_those_of_plain_loops(config: ModelConfig, bat
         ours = ours + layer["pred_boxes"].square().sum() + layer["pred_logits"].sin().sum()
         theirs = theirs + boxes.square().sum() + logits.sin().sum()
     assert_same_gradients(model, ours, theirs)
+
+
+def test_names_and_shapes_of_the_published_checkpoint() -> None:
+    """Without the backbone's and the encoder's, which are DETR's."""
+    with torch.device("meta"):
+        model = build_model(recipe("conditional_detr_r50").model)
+    assert sum(p.numel() for p in model.parameters()) == 43_418_401
+    state = published(model)
+    found = {
+        name: tuple(value.shape)
+        for name, value in state.items()
+        if not name.startswith(("backbone.0.body.", "transformer.encoder.layers."))
+    }
+    assert len(state) - len(found) == 53 + 6 * 12
+    linear = {"weight": (256, 256), "bias": (256,)}
+    vector = {"weight": (256,), "bias": (256,)}
+    parts: dict[str, dict[str, tuple[int, ...]]] = {
+        "query_embed": {"weight": (300, 256)},
+        "input_proj": {"weight": (256, 2048, 1, 1), "bias": (256,)},
+        "class_embed": {"weight": (91, 256), "bias": (91,)},
+        "bbox_embed.layers.0": linear,
+        "bbox_embed.layers.1": linear,
+        "bbox_embed.layers.2": {"weight": (4, 256), "bias": (4,)},
+        "transformer.decoder.norm": vector,
+        "transformer.decoder.query_scale.layers.0": linear,
+        "transformer.decoder.query_scale.layers.1": linear,
+        "transformer.decoder.ref_point_head.layers.0": linear,
+        "transformer.decoder.ref_point_head.layers.1": {"weight": (2, 256), "bias": (2,)},
+        "transformer.decoder.layers.0.ca_qpos_proj": linear,
+    }
+    for layer in range(6):
+        name = f"transformer.decoder.layers.{layer}"
+        for part in ("sa_qcontent", "sa_qpos", "sa_kcontent", "sa_kpos", "sa_v"):
+            parts[f"{name}.{part}_proj"] = linear
+        for part in ("ca_qcontent", "ca_kcontent", "ca_kpos", "ca_qpos_sine", "ca_v"):
+            parts[f"{name}.{part}_proj"] = linear
+        parts |= {f"{name}.self_attn.out_proj": linear, f"{name}.cross_attn.out_proj": linear}
+        parts |= {f"{name}.norm{index}": vector for index in (1, 2, 3)}
+        parts[f"{name}.linear1"] = {"weight": (2048, 256), "bias": (2048,)}
+        parts[f"{name}.linear2"] = {"weight": (256, 2048), "bias": (256,)}
+    assert found == {f"{name}.{x}": shape for name, y in parts.items() for x, shape in y.items()}
 
 
 # Names that `published_names("detr", ...)` gives to those of the authors' files, in order.

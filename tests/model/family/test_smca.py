@@ -12,6 +12,8 @@ from model.criterion import build_criterion
 from model.detr import build_model
 from model.family.smca import log_gaussian
 from model.postprocess import postprocess
+from model.weights import load_official
+from pipeline.recipes import recipe
 from tests.model.family.plain_detr import (
     State,
     assert_same_gradients,
@@ -118,6 +120,63 @@ def test_outputs_and_gradients_are_those_of_plain_loops(
         ours = ours + layer["pred_boxes"].square().sum() + layer["pred_logits"].sin().sum()
         theirs = theirs + boxes.square().sum() + logits.sin().sum()
     assert_same_gradients(model, ours, theirs)
+
+
+def test_names_and_shapes_of_the_published_checkpoint() -> None:
+    """Without the backbone's and the encoder's, which are DETR's."""
+    with torch.device("meta"):
+        model = build_model(recipe("smca_detr_r50").model)
+    assert sum(p.numel() for p in model.parameters()) == 41_760_482
+    state = published(model)
+    found = {
+        name: tuple(value.shape)
+        for name, value in state.items()
+        if not name.startswith(("backbone.0.body.", "transformer.encoder.layers."))
+    }
+    assert len(state) - len(found) == 53 + 6 * 12
+    linear = {"weight": (256, 256), "bias": (256,)}
+    vector = {"weight": (256,), "bias": (256,)}
+    sixteen = {"weight": (16, 256), "bias": (16,)}
+    packed_linear = {
+        "in_proj_weight": (768, 256),
+        "in_proj_bias": (768,),
+        "out_proj.weight": (256, 256),
+        "out_proj.bias": (256,),
+    }
+    parts: dict[str, dict[str, tuple[int, ...]]] = {
+        "query_embed": {"weight": (300, 256)},
+        "input_proj": {"weight": (256, 2048, 1, 1), "bias": (256,)},
+        "class_embed": {"weight": (92, 256), "bias": (92,)},
+        "bbox_embed.layers.0": linear,
+        "bbox_embed.layers.1": linear,
+        "bbox_embed.layers.2": {"weight": (4, 256), "bias": (4,)},
+        "transformer.decoder.norm": vector,
+        "transformer.decoder.layers.0.point1.layers.0": linear,
+        "transformer.decoder.layers.0.point1.layers.1": linear,
+        "transformer.decoder.layers.0.point1.layers.2": {"weight": (2, 256), "bias": (2,)},
+    }
+    for layer in range(6):
+        name = f"transformer.decoder.layers.{layer}"
+        parts |= {f"{name}.self_attn": packed_linear, f"{name}.multihead_attn": packed_linear}
+        parts |= {f"{name}.norm{index}": vector for index in (1, 2, 3, 4)}
+        parts |= {f"{name}.point2": sixteen, f"{name}.point3": sixteen}
+        parts[f"{name}.linear1"] = {"weight": (2048, 256), "bias": (2048,)}
+        parts[f"{name}.linear2"] = {"weight": (256, 2048), "bias": (256,)}
+    assert found == {f"{name}.{x}": shape for name, y in parts.items() for x, shape in y.items()}
+
+
+def test_a_published_checkpoint_loads_whole_or_not_at_all(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    config = replace(config, backbone="resnet50")
+    source, target = build_model(config), build_model(config)
+    state = published(source, source.state_dict())
+    load_official(target, state)
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value), name
+    missing = "transformer.decoder.layers.1.point3.bias"
+    del state[missing]
+    with pytest.raises(ValueError, match=missing.replace(".", r"\.")):
+        load_official(target, state)
 
 
 def test_a_gaussian_by_hand() -> None:
