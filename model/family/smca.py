@@ -208,7 +208,11 @@ class CentredHeads(DirectHeads):
 
 
 class SMCADETR(DenseDetector):
-    """SMCA DETR on one map, numerically the published implementation (gaopengcuhk/SMCA-DETR)."""
+    """SMCA DETR on one map, numerically the published implementation (gaopengcuhk/SMCA-DETR).
+
+    Its post-processing gives detections of the class for no object, too, which COCO's evaluation
+    passes over; ours leaves them out.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

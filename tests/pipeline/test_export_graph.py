@@ -28,6 +28,8 @@ VARIANTS = [
     ("deformable_detr_r50_single_scale_dc5_demo", {}),
     ("detr_r50_demo", {}),
     ("detr_r50_dc5_plus_demo", {}),
+    ("conditional_detr_r50_demo", {}),
+    ("smca_detr_r50_demo", {}),
 ]
 
 
