@@ -40,7 +40,7 @@ class LearnedQueries(Formulation):
 
     def forward(self, memory: Memory, heads: Any) -> Queries:
         """The same queries for each image, with references [N, Q, 2]."""
-        batch = len(memory.tokens)
+        batch = memory.tokens.shape[0]
         position, content = self.embed.chunk(2, dim=-1)
         points = self.reference_points(position).sigmoid().expand(batch, -1, -1)
         return Queries(
@@ -59,5 +59,5 @@ class PlacelessQueries(Formulation):
 
     def forward(self, memory: Memory, heads: Any) -> Queries:
         """The same queries for each image."""
-        position = self.embed.expand(len(memory.tokens), -1, -1)
+        position = self.embed.expand(memory.tokens.shape[0], -1, -1)
         return Queries(torch.zeros_like(position), position, references=None)

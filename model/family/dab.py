@@ -66,7 +66,7 @@ class AnchorQueries(Formulation):
 
     def forward(self, memory: Memory, heads: nn.Module) -> Queries:
         """The same queries for each image."""
-        batch, copies = len(memory.tokens), 1 if self.patterns is None else len(self.patterns)
+        batch, copies = memory.tokens.shape[0], 1 if self.patterns is None else len(self.patterns)
         anchors = full_precision(self.anchors).sigmoid().repeat(copies, 1).expand(batch, -1, -1)
         content = self._content().expand(batch, -1, -1)
         return Queries(content, None, References(attend=anchors, correct=anchors))
