@@ -50,7 +50,7 @@ class AnchorAndContentQueries(Formulation):
 
     def forward(self, memory: Memory, heads: nn.Module) -> Queries:
         """The same queries for each image."""
-        batch = len(memory.tokens)
+        batch = memory.tokens.shape[0]
         content = self.content if self.labels is None else F.pad(self.content, (0, 1))
         anchors = full_precision(self.anchors).sigmoid().expand(batch, -1, -1)
         return Queries(
