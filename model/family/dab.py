@@ -53,7 +53,7 @@ class AnchorQueries(Formulation):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, patterns = config.hidden_dim, config.num_patterns
-        self.width = width
+        self.width, self.num_patterns = width, patterns
         self.anchors = nn.Parameter(torch.randn(config.num_queries, 4))
         self.patterns = nn.Parameter(torch.randn(patterns, width)) if patterns else None
         self.labels: nn.Embedding | None = None
@@ -66,14 +66,14 @@ class AnchorQueries(Formulation):
 
     def forward(self, memory: Memory, heads: nn.Module) -> Queries:
         """The same queries for each image."""
-        batch, copies = memory.tokens.shape[0], 1 if self.patterns is None else len(self.patterns)
+        batch, copies = memory.tokens.shape[0], max(self.num_patterns, 1)
         anchors = full_precision(self.anchors).sigmoid().repeat(copies, 1).expand(batch, -1, -1)
         content = self._content().expand(batch, -1, -1)
         return Queries(content, None, References(attend=anchors, correct=anchors))
 
     def _content(self) -> Tensor:
         """[Q, C]."""
-        content = self.anchors.new_zeros(len(self.anchors), self.width)
+        content = self.anchors.new_zeros(self.anchors.shape[0], self.width)
         if self.labels is not None:
             none = torch.full((1,), self.labels.num_embeddings - 1, device=content.device)
             content = content + F.pad(self.labels(none), (0, 1))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.detr import build_model
 from model.weights import load_official
+from tests.model.family.plain_detr import State, linear, mlp, norm
 
-State = dict[str, Tensor]
 Layer = tuple[Tensor, Tensor]
 
 
@@ -157,11 +157,11 @@ def _one_image(
         name = f"transformer.decoder.layers.{index}"
         sines = {axis: sine(anchors[:, i], channels // 2, 10000) for i, axis in enumerate("xywh")}
         whole = torch.cat([sines[axis] for axis in "yxwh"], dim=1)
-        query_position = mlp(state, "transformer.decoder.ref_point_head", whole)
+        query_position = mlp(whole, state, "transformer.decoder.ref_point_head", 2)
         place = torch.cat((sines["y"], sines["x"]), dim=1)
         if index > 0:
-            place = place * mlp(state, "transformer.decoder.query_scale", content)
-        wanted = mlp(state, "transformer.decoder.ref_anchor_head", content).sigmoid()
+            place = place * mlp(content, state, "transformer.decoder.query_scale", 2)
+        wanted = mlp(content, state, "transformer.decoder.ref_anchor_head", 2).sigmoid()
         by_y, by_x = place.split(channels // 2, dim=1)
         by_y = by_y * (wanted[:, 1] / anchors[:, 3])[:, None]
         by_x = by_x * (wanted[:, 0] / anchors[:, 2])[:, None]
@@ -169,23 +169,23 @@ def _one_image(
         content = _decode(
             state, name, content, query_position, place, memory, position, heads, sees, index == 0
         )
-        normed = norm(state, "transformer.decoder.norm", content)
-        boxes = (mlp(state, "bbox_embed", normed) + logit(reference)).sigmoid()
-        layers.append((linear(state, "class_embed", normed), boxes))
-        reference = (mlp(state, "bbox_embed", content) + logit(anchors)).sigmoid()
+        normed = norm(content, state, "transformer.decoder.norm")
+        boxes = (mlp(normed, state, "bbox_embed", 3) + logit(reference)).sigmoid()
+        layers.append((linear(normed, state, "class_embed"), boxes))
+        reference = (mlp(content, state, "bbox_embed", 3) + logit(anchors)).sigmoid()
         anchors = reference.detach()
     return layers
 
 
 def _encode(state: State, name: str, x: Tensor, position: Tensor, heads: int) -> Tensor:
     channels = x.shape[1]
-    place = x + position * mlp(state, "transformer.encoder.query_scale", x)
+    place = x + position * mlp(x, state, "transformer.encoder.query_scale", 2)
     weight = state[f"{name}.self_attn.in_proj_weight"].split(channels)
     bias = state[f"{name}.self_attn.in_proj_bias"].split(channels)
     query, key = (place @ weight[i].T + bias[i] for i in (0, 1))
     value = x @ weight[2].T + bias[2]
-    attended = linear(state, f"{name}.self_attn.out_proj", attend(query, key, value, heads))
-    x = norm(state, f"{name}.norm1", x + attended)
+    attended = linear(attend(query, key, value, heads), state, f"{name}.self_attn.out_proj")
+    x = norm(x + attended, state, f"{name}.norm1")
     return _feed_forward(state, name, x, "norm2")
 
 
@@ -202,13 +202,13 @@ def _decode(
     first: bool,
 ) -> Tensor:
     def project(kind: str, x: Tensor) -> Tensor:
-        return linear(state, f"{name}.{kind}_proj", x)
+        return linear(x, state, f"{name}.{kind}_proj")
 
     query = project("sa_qcontent", content) + project("sa_qpos", query_position)
     key = project("sa_kcontent", content) + project("sa_kpos", query_position)
     attended = attend(query, key, project("sa_v", content), heads, sees)
     content = norm(
-        state, f"{name}.norm1", content + linear(state, f"{name}.self_attn.out_proj", attended)
+        content + linear(attended, state, f"{name}.self_attn.out_proj"), state, f"{name}.norm1"
     )
 
     query, key = project("ca_qcontent", content), project("ca_kcontent", memory)
@@ -225,33 +225,15 @@ def _decode(
         )
     ]
     attended = attend(*together, project("ca_v", memory), heads)
-    attended = linear(state, f"{name}.cross_attn.out_proj", attended)
-    content = norm(state, f"{name}.norm2", content + attended)
+    attended = linear(attended, state, f"{name}.cross_attn.out_proj")
+    content = norm(content + attended, state, f"{name}.norm2")
     return _feed_forward(state, name, content, "norm3")
 
 
 def _feed_forward(state: State, name: str, x: Tensor, norm_name: str) -> Tensor:
-    hidden = linear(state, f"{name}.linear1", x)
+    hidden = linear(x, state, f"{name}.linear1")
     hidden = torch.where(hidden > 0, hidden, hidden * state[f"{name}.activation.weight"])
-    return norm(state, f"{name}.{norm_name}", x + linear(state, f"{name}.linear2", hidden))
-
-
-def linear(state: State, name: str, x: Tensor) -> Tensor:
-    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
-
-
-def mlp(state: State, name: str, x: Tensor) -> Tensor:
-    last = count(state, f"{name}.layers") - 1
-    for index in range(last + 1):
-        x = linear(state, f"{name}.layers.{index}", x)
-        x = x if index == last else x.clamp(min=0)
-    return x
-
-
-def norm(state: State, name: str, x: Tensor) -> Tensor:
-    deviation = x - x.mean(1, keepdim=True)
-    normed = deviation / (deviation.square().mean(1, keepdim=True) + 1e-5).sqrt()
-    return normed * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return norm(x + linear(hidden, state, f"{name}.linear2"), state, f"{name}.{norm_name}")
 
 
 def attend(

@@ -15,7 +15,6 @@ from model.criterion import build_criterion
 from model.detr import build_model
 from pipeline.recipes import recipe
 from tests.model.family.plain_dab import (
-    State,
     as_leaves,
     check_gradients,
     loaded,
@@ -23,6 +22,7 @@ from tests.model.family.plain_dab import (
     published_transformer,
     random,
 )
+from tests.model.family.plain_detr import State
 
 SMALL: dict[str, Any] = {
     "architecture": "dab_detr",

@@ -15,18 +15,15 @@ from model.detr import build_model
 from model.parts import Memory
 from pipeline.recipes import recipe
 from tests.model.family.plain_dab import (
-    State,
     as_leaves,
     attend,
     check_gradients,
-    linear,
     loaded,
     logit,
-    mlp,
-    norm,
     random,
     sine,
 )
+from tests.model.family.plain_detr import State, linear, mlp, norm
 
 WIDTH, HEADS, LEVELS, POINTS, CLASSES, QUERIES, LAYERS = 32, 4, 4, 2, 7, 5, 3
 CONFIG = ModelConfig(
@@ -123,23 +120,23 @@ def _one_image(state: State, memory: Memory, image: int) -> list[tuple[Tensor, T
         (x_share, y_share) = ratios[0]
         there = anchors * torch.stack((x_share, y_share, x_share, y_share))
         encoded = torch.cat([sine(there[:, axis], WIDTH // 2, 10000) for axis in (1, 0, 2, 3)], 1)
-        position = mlp(state, "transformer.decoder.ref_point_head", encoded)
+        position = mlp(encoded, state, "transformer.decoder.ref_point_head", 2)
         if index > 0:
-            position = position * mlp(state, "transformer.decoder.query_scale", content)
+            position = position * mlp(content, state, "transformer.decoder.query_scale", 2)
 
         weight = state[f"{name}.self_attn.in_proj_weight"].split(WIDTH)
         bias = state[f"{name}.self_attn.in_proj_bias"].split(WIDTH)
         query, key = ((content + position) @ weight[i].T + bias[i] for i in (0, 1))
         attended = attend(query, key, content @ weight[2].T + bias[2], HEADS)
-        attended = linear(state, f"{name}.self_attn.out_proj", attended)
-        content = norm(state, f"{name}.norm2", content + attended)
+        attended = linear(attended, state, f"{name}.self_attn.out_proj")
+        content = norm(content + attended, state, f"{name}.norm2")
         looked = _sampled(state, name, content + position, anchors, memory, image)
-        content = norm(state, f"{name}.norm1", content + looked)
-        hidden = linear(state, f"{name}.linear1", content).clamp(min=0)
-        content = norm(state, f"{name}.norm3", content + linear(state, f"{name}.linear2", hidden))
+        content = norm(content + looked, state, f"{name}.norm1")
+        hidden = linear(content, state, f"{name}.linear1").clamp(min=0)
+        content = norm(content + linear(hidden, state, f"{name}.linear2"), state, f"{name}.norm3")
 
-        boxes = (mlp(state, f"bbox_embed.{index}", content) + logit(anchors)).sigmoid()
-        layers.append((linear(state, f"class_embed.{index}", content), boxes))
+        boxes = (mlp(content, state, f"bbox_embed.{index}", 3) + logit(anchors)).sigmoid()
+        layers.append((linear(content, state, f"class_embed.{index}"), boxes))
         anchors = boxes.detach()
     return layers
 
@@ -149,11 +146,11 @@ def _sampled(
 ) -> Tensor:
     """Each point is an offset, in halves of the anchor's size and K-ths, from its centre."""
     name = f"{name}.cross_attn"
-    value = linear(state, f"{name}.value_proj", memory.tokens[image])
+    value = linear(memory.tokens[image], state, f"{name}.value_proj")
     value = torch.where(memory.padding[image][:, None], 0.0, value)
-    offsets = linear(state, f"{name}.sampling_offsets", query)
+    offsets = linear(query, state, f"{name}.sampling_offsets")
     offsets = offsets.view(QUERIES, HEADS, LEVELS, POINTS, 2)
-    weights = linear(state, f"{name}.attention_weights", query)
+    weights = linear(query, state, f"{name}.attention_weights")
     weights = weights.view(QUERIES, HEADS, LEVELS * POINTS).softmax(-1)
     weights = weights.view(QUERIES, HEADS, LEVELS, POINTS)
     share = memory.ratios[image][None, None, :, None]
@@ -164,7 +161,7 @@ def _sampled(
         (centre + offsets / POINTS * size / 2)[None],
         weights[None],
     )
-    return linear(state, f"{name}.output_proj", sampled[0])
+    return linear(sampled[0], state, f"{name}.output_proj")
 
 
 def test_outputs_and_gradients_are_those_of_a_plain_one() -> None:
@@ -259,6 +256,7 @@ class Shrinking(nn.Module):
         return [stage(images) for stage in self.stages]
 
 
+@pytest.mark.chaos
 def test_one_graph_for_images_of_any_size() -> None:
     torch._dynamo.reset()
     values = {**vars(CONFIG), "backbone": "tiny", "num_levels": 3, "decoder_layers": 2}

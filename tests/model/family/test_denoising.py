@@ -1,6 +1,7 @@
 """The denoising queries of DN-DETR: noise, mask, training forward and losses, each worked out once
 more; that they give nothing away, and cost nothing at inference."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,6 @@ from model.family import denoising
 from model.family.denoising import DenoisingQueries, Noise, denoising_mask, draw_noise, noised_boxes
 from model.parts import Targets
 from tests.model.family.plain_dab import (
-    State,
     as_leaves,
     check_gradients,
     loaded,
@@ -24,6 +24,7 @@ from tests.model.family.plain_dab import (
     published_transformer,
     random,
 )
+from tests.model.family.plain_detr import State
 from tests.model.test_detr import Crossings, pretend_on_gpu
 
 GROUPS, QUERIES, WIDTH, CLASSES = 3, 5, 32, 7
@@ -306,6 +307,41 @@ def test_queries_and_denoising_learn_one_table_of_labels(
     model = build_model(small_config(architecture="dab_detr", num_levels=1, denoising_groups=2))
     assert [name for name in model.state_dict() if "labels" in name] == ["queries.labels.weight"]
     assert not any(name.startswith("training_queries.") for name in model.state_dict())
+
+
+def test_a_copy_learns_its_own_table(small_config: Callable[..., ModelConfig]) -> None:
+    config = small_config(
+        architecture="dab_detr", num_levels=1, denoising_groups=2, num_classes=CLASSES
+    )
+    model = build_model(config)
+    copied = copy.deepcopy(model)
+    targets = targets_of(1, 0, 2)
+    outputs = copied.train()(torch.randn(3, 3, 64, 96), PADDING, targets)
+    outputs["groups"][0]["pred_logits"].sum().backward()
+    assert copied.queries.labels.weight.grad.abs().max() > 0
+    assert model.queries.labels.weight.grad is None
+
+
+def test_recomputed_layers_give_the_same_gradients(
+    small_config: Callable[..., ModelConfig],
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        config = small_config(
+            architecture="dab_detr",
+            num_levels=1,
+            denoising_groups=2,
+            num_classes=CLASSES,
+            activation_checkpointing=checkpointing,
+        )
+        model = build_model(config).train()
+        targets = targets_of(1, 0, 2)
+        outputs = model(torch.randn(3, 3, 64, 96), PADDING, targets)
+        build_criterion(config)(outputs, targets)["loss"].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_targets_are_asked_for_in_training_alone(small_config: Callable[..., ModelConfig]) -> None:
