@@ -17,6 +17,12 @@ class RowColumnAttention(nn.Module):
     published code, and only a column or row of padding alone is hidden. The product of the two
     softmaxes is the softmax of the sum of their logits, so this is dense attention with keys of a
     special form, [column's key, row's key], and in exact arithmetic gives the same.
+
+    It keeps [N, Q, H, C] for the backward, where dense attention keeps [N, M, Q, H W] if its
+    softmax is written out, and nothing of that kind if it is fused. Measured on one core in
+    float32, forward and backward, against `CrossAttention` (fused; unfused): 50x76 cells, as many
+    queries: 0.71 s and 449 MiB at the peak (0.97 s, 45 MiB; 2.40 s, 1357 MiB); 25x38 cells: 72 ms
+    and 68 MiB (73 ms, 20 MiB; 154 ms, 100 MiB).
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
@@ -47,9 +53,9 @@ class RowColumnAttention(nn.Module):
         over_x = self._weights(self.query_x_proj(query_x), key_x, hidden[:, 0, :])
         over_y = self._weights(self.query_y_proj(query_y), key_y, hidden[:, :, 0])
         value = self.value_proj(cells).unflatten(-1, (self.num_heads, -1))
-        of_rows = torch.einsum("nmqw,nhwmd->nmqhd", over_x, value)
-        attended = torch.einsum("nmqh,nmqhd->nqmd", over_y, of_rows)
-        return self.output_proj(attended.flatten(2))
+        of_rows = over_x @ value.permute(0, 3, 2, 1, 4).flatten(3)  # [N, M, Q, H D]
+        attended = over_y[..., None, :] @ of_rows.unflatten(-1, (height, -1))  # [N, M, Q, 1, D]
+        return self.output_proj(attended.squeeze(-2).transpose(1, 2).flatten(2))
 
     def _weights(self, query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
         """query [N, Q, C], key [N, K, C], hidden [N, K] bool to [N, M, Q, K], which sum to 1."""
