@@ -41,7 +41,7 @@ class AnchorQueries(Formulation):
     def forward(self, memory: Memory, heads: Any) -> Queries:
         """The same queries for each image, with references [N, Q, 2]. The position [N, Q, 3 C] has
         three parts: in the plane, for attention among queries; along x; along y."""
-        batch, (patterns, width) = len(memory.tokens), self.patterns.shape
+        batch, (patterns, width) = memory.tokens.shape[0], self.patterns.shape
         points = full_precision(self.points)
         in_plane = sine_features(points.flip(-1) * (2 * math.pi), width // 2).flatten(-2)
         in_plane = self.plane(in_plane.to(self.points.dtype))
