@@ -22,9 +22,16 @@ Architecture = Literal[
     "dab_detr",
     "dab_deformable_detr",
     "dino",
+    "anchor_detr",
     "faster_rcnn",
 ]
-DENSE: tuple[Architecture, ...] = ("detr", "conditional_detr", "smca_detr", "dab_detr")
+DENSE: tuple[Architecture, ...] = (
+    "detr",
+    "conditional_detr",
+    "smca_detr",
+    "dab_detr",
+    "anchor_detr",
+)
 """Those that attend to every cell of one map."""
 DENOISED: tuple[Architecture, ...] = ("dab_detr", "dab_deformable_detr")
 """Those that DN-DETR's denoising queries can train."""
@@ -97,8 +104,8 @@ class ModelConfig:
     """What SMCA learns of the width of a head's Gaussian: nothing (`type1`), one scale (`type2`),
     one for x and one for y (`type3`), and a third for both together (`type4`)."""
     num_patterns: int = 0
-    """Learned contents that each anchor of a DAB-DETR is asked with, which makes as many queries of
-    each; with 0 the content starts at 0."""
+    """Learned contents that each anchor of a DAB-DETR or an Anchor DETR is asked with, which makes
+    as many queries of each; with 0 (DAB-DETR alone) the content starts at 0."""
     denoising_groups: int = 0
     """DN-DETR (arXiv:2203.01305): groups of noised ground truth that train beside the queries, 5 as
     published, and 0 for none. DAB-DETR gains 1.9 AP by them in 50 epochs, as published."""
@@ -246,7 +253,9 @@ class ModelConfig:
         noise = self.denoising_label_noise
         _require(self, "denoising_label_noise", 0 <= noise <= 1, "0 <= denoising_label_noise <= 1")
         _require(self, "denoising_box_noise", 0 <= self.denoising_box_noise < math.inf, ">= 0")
-        if self.num_patterns and self.architecture != "dab_detr":
+        if self.architecture == "anchor_detr":
+            _require(self, "num_patterns", self.num_patterns >= 1, "at least 1 with anchor_detr")
+        elif self.num_patterns and self.architecture != "dab_detr":
             raise ValueError(
                 f"num_patterns: got {self.num_patterns} with {self.architecture}, expected 0"
             )

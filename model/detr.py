@@ -7,6 +7,7 @@ from torch import nn
 from model.config import Architecture, ModelConfig
 from model.deformable_detr import DeformableDETR
 from model.dense_detr import DenseDETR
+from model.family.anchor import AnchorDETR
 from model.family.conditional import ConditionalDETR
 from model.family.dab import DABDETR
 from model.family.dab_deformable import DABDeformableDETR
@@ -26,5 +27,6 @@ def build_model(config: ModelConfig) -> nn.Module:
         "dab_detr": DABDETR,
         "dab_deformable_detr": DABDeformableDETR,
         "dino": DINO,
+        "anchor_detr": AnchorDETR,
     }
     return detectors[config.architecture](config)

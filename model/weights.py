@@ -127,14 +127,19 @@ def _absorb_epsilon(backbone: ResNet, found: dict[str, Tensor]) -> None:
 
 
 def _rows_of_in_proj(key: str, name: str, value: Tensor, width: int) -> Tensor:
-    """Our part of `value`: published attentions keep all three input projections in one tensor."""
+    """Our part of `value`: published attentions keep all input projections in one tensor, three, or
+    five of row-column attention; the value's are the last."""
     if "in_proj_" not in name:
         return value
     rows = {
         "query_key": slice(0, 2 * width),
         "query": slice(0, width),
         "key": slice(width, 2 * width),
-        "value": slice(2 * width, 3 * width),
+        "query_x": slice(0, width),
+        "query_y": slice(width, 2 * width),
+        "key_x": slice(2 * width, 3 * width),
+        "key_y": slice(3 * width, 4 * width),
+        "value": slice(-width, None),
     }
     return value[rows[key.split(".")[-2].removesuffix("_proj")]]
 

@@ -38,9 +38,11 @@ PUBLISHED = {
     "conditional_detr_r50": (44, 90),
     "conditional_detr_r50_dc5": (44, 195),
     "dino_r50_4scale": (47, 279),
+    "anchor_detr_r50_dc5": (37, 172),
 }
 """Millions of parameters and G of multiply-adds: Table 1 of the paper; the two single-scale rows
-are in the official repository's README alone, those of the family in its methods' own."""
+are in the official repository's README alone, those of the family in its methods' own (Anchor
+DETR's has no parameters: they are counted in its code)."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ ARCHITECTURES: dict[str, dict] = {
         "look_forward_twice": True,
         "denoising_pairs": 6,
     },
+    "anchor": {"architecture": "anchor_detr", "num_levels": 1, "num_patterns": 2},
     "faster_rcnn": {
         "architecture": "faster_rcnn",
         "classification": "softmax",
