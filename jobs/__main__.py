@@ -78,7 +78,7 @@ class CompareOptions:
     targets: Positional[tuple[str, ...]] = ()
     """A grid (its folder, or its name below outputs/grids), or run folders."""
     output: Path | None = None
-    """Folder for compare.html, compare.md and compare.csv. Default: the grid's own folder;
+    """Folder for compare.html, .md and .csv, and its figures. Default: the grid's own folder;
     outputs/comparison for run folders."""
     val: str = ""
     """Shard folder of the validation set, where it is not any more where the runs had it."""

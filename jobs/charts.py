@@ -9,7 +9,8 @@ from html import escape
 WIDTH, HEIGHT = 920, 470
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 46
 LABELS = 84  # pixels at the right for what the paper reports
-COLOURS = 8  # that the page has; further lines repeat them dashed
+COLOURS = 8  # that the page has; further lines repeat them dashed, then dotted
+STROKES = ("", " dashed", " dotted")
 BAR, LABEL, ROW = 17, 15, 26  # pixels from one bar, label, row of spots to the next
 
 
@@ -81,7 +82,7 @@ def _drawn(line: Line, across: Callable[[float], float], up: Callable[[float], f
         dots = "".join(f'<circle cx="{x}" cy="{y}" r="2.4"/>' for x, y in pairs)
     values = " ".join(f"{x:.6g},{y:.4g}" for x, y in line.points)
     return (
-        f'<g class="line {_style(line.group)}" data-group="{line.group}" '
+        f'<g class="line {style(line.group)}" data-group="{line.group}" '
         f'data-name="{_e(line.name)}" data-values="{values}">'
         f'<polyline points="{" ".join(at)}"/>{dots}</g>'
     )
@@ -108,7 +109,7 @@ def _marked(
         else:
             shape = f'<path d="M{x:.1f} {y + 14:.1f}v-28"/>'
         parts.append(
-            f'<g class="mark {mark.kind} {_style(mark.group)}" data-group="{mark.group}">'
+            f'<g class="mark {mark.kind} {style(mark.group)}" data-group="{mark.group}">'
             f"<title>{_e(mark.label)}</title>{shape}{label}</g>"
         )
     return "".join(parts)
@@ -153,8 +154,8 @@ def spots(rows: list[Spot], label: str) -> str:
             drawn += f'<path class="paper" d="M{across(row.paper):.1f} {y - 7}l7 7l-7 7l-7 -7z"/>'
         said = ", ".join(f"{value:.2f}" for value in row.values)
         parts.append(
-            f'<g class="spot {_style(row.group)}"><title>{_e(row.name)}: {said}</title>'
-            f'<text class="end" x="{names:.1f}" y="{y + 4}">{_e(_cut(row.name, int(names / 6.4)))}'
+            f'<g class="spot {style(row.group)}"><title>{_e(row.name)}: {said}</title>'
+            f'<text class="end" x="{names:.1f}" y="{y + 4}">{_e(cut(row.name, int(names / 6.4)))}'
             f"</text>{drawn}</g>"
         )
     parts.append(
@@ -188,7 +189,7 @@ def bars(values: list[tuple[str, float]], unit: str, columns: int = 1) -> str:
             f'<g class="bar {"down" if value < 0 else "up"}"><title>{_e(name)}: {value:+.2f} '
             f"{_e(unit)}</title>"
             f'<text class="end" x="{at + names - 6:.1f}" y="{y + 10}">'
-            f"{_e(_cut(name, int(names / 6.4)))}</text>"
+            f"{_e(cut(name, int(names / 6.4)))}</text>"
             f'<path class="rule" d="M{at + zero:.1f} {y - 3}v{BAR}"/>'
             f'<rect x="{start:.1f}" y="{y}" width="{max(length, 0.6):.1f}" height="{BAR - 5}"/>'
             f'<text class="{side}" x="{at + zero + end:.1f}" y="{y + 10}">'
@@ -239,11 +240,13 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _style(group: int) -> str:
-    return f"s{group % COLOURS}" + (" dashed" if group // COLOURS % 2 else "")
+def style(group: int) -> str:
+    """The classes of a group's colour and stroke."""
+    return f"s{group % COLOURS}{STROKES[group // COLOURS % len(STROKES)]}"
 
 
-def _cut(text: str, most: int) -> str:
+def cut(text: str, most: int) -> str:
+    """The text, its end as "…" where it has more letters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

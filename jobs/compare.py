@@ -235,9 +235,11 @@ def _epochs(run: Run) -> str:
 
 
 def report(targets: tuple[str, ...], output: Path | None, val: str, resamples: int) -> None:
-    """Prints the comparison and writes compare.md, compare.csv and compare.html into `output`, or
-    into the grid's folder (outputs/comparison for runs). Raises `UserError` at the end where an
+    """Prints the comparison and writes compare.md, compare.csv, compare.html and figures
+    (compare-images.svg, compare-seconds.svg) into `output`, or into the grid's folder
+    (outputs/comparison for runs). Raises `UserError` at the end where an
     entry of the grid or a run is wrong: what could be compared is shown by then."""
+    from jobs.report_figures import figures
     from jobs.report_html import page
     from jobs.report_text import as_csv, markdown, terminal
 
@@ -252,7 +254,11 @@ def report(targets: tuple[str, ...], output: Path | None, val: str, resamples: i
     writers: dict[str, Callable[[Comparison], str]] = {"md": markdown, "csv": as_csv, "html": page}
     for ending, write in writers.items():
         (folder / f"compare.{ending}").write_text(write(comparison), encoding="utf-8")
+    drawn = figures(comparison)
+    for axis, svg in drawn.items():
+        (folder / f"compare-{axis}.svg").write_text(svg, encoding="utf-8")
     print(terminal(comparison))
-    print(f"\nwritten: {folder}/compare.html, .md and .csv")
+    names = [".md", ".csv", *(f"-{axis}.svg" for axis in drawn)]
+    print(f"\nwritten: {folder}/compare.html, {', '.join(names[:-1])} and {names[-1]}")
     if grid.mistakes:
         raise UserError("; ".join(grid.mistakes))

@@ -8,6 +8,7 @@ Each row is a recipe with the few changes that the table names. `published` keys
 from collections.abc import Callable
 from typing import Any
 
+from jobs.family_grid import family
 from jobs.grid import Cell, Grid, changed, name_of
 from jobs.recipe12_grid import recipe12
 from pipeline.recipes import deformable_detr_r50
@@ -99,5 +100,5 @@ def figure3() -> Grid:
 
 
 PAPERS_GRIDS: dict[str, Callable[[], Grid]] = {
-    function.__name__: function for function in (table1, table2, table3, figure3, recipe12)
+    function.__name__: function for function in (table1, table2, table3, figure3, recipe12, family)
 }

@@ -16,7 +16,10 @@ from jobs.grid_state import DONE, FAILED, PRUNED, read_grid, write_json
 from jobs.grid_status import Row
 from jobs.tracking import STATE_FILE, connect, made_once, of_this_store, remembered, safe
 
-ARTIFACTS = ("grid.json", "compare.html", "compare.md", "compare.csv")
+ARTIFACTS = (
+    "grid.json", "compare.html", "compare.md", "compare.csv", "compare-images.svg",
+    "compare-seconds.svg",
+)  # fmt: skip
 LONGEST_NOTE = 5000  # characters of a description, MLflow's limit of a tag
 
 

@@ -1,5 +1,6 @@
-"""Published numbers: the paper's Tables 1 to 3, and those that the 12-epoch recipe is held against.
-`published.json` next to this file holds them."""
+"""Published numbers: the paper's Tables 1 to 3, those that the 12-epoch recipe is held against, and
+what the authors of the rest of the DETR family give. `published.json` next to this file holds
+them."""
 
 import difflib
 import json
@@ -16,8 +17,8 @@ METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 @dataclass(frozen=True)
 class Published:
     """One row of a table. `metrics`: percent, without those that the paper leaves out; `extra`:
-    the row's other columns (gpu_hours, fps, …); `source`: where it stands, "Table 1, row 6" of the
-    paper, or elsewhere."""
+    the row's other columns (params, gpu_hours, fps, …); `source`: where it stands, "Table 1, row 6"
+    of the paper, or elsewhere."""
 
     key: str
     label: str
@@ -31,7 +32,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Table:
-    """A table or figure of the paper: its rows in the paper's order, and a caption in our words."""
+    """A table or figure of the paper, or the family: its rows in order, a caption in our words."""
 
     name: str
     caption: str
@@ -41,7 +42,7 @@ class Table:
 
 @cache
 def tables() -> dict[str, Table]:
-    """Tables 1 to 3, "recipe12" and what text gives of Figure 3, by name: "table1", …,
+    """Tables 1 to 3, "recipe12", "family", and what text gives of Figure 3, by name: "table1", …,
     "figure3"."""
     content = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     found = {name: _table(name, table) for name, table in content["tables"].items()}

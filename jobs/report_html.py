@@ -5,7 +5,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from jobs.charts import COLOURS, Line, Mark, Spot, bars, curves, spots
+from jobs.charts import Line, Mark, Spot, bars, curves, spots, style
 from jobs.compare import Comparison, Row
 from jobs.measured import Cell, Measurement, Run
 from jobs.report_text import NOTHING, Sheet, progress, sheets
@@ -17,6 +17,10 @@ AXES: dict[str, tuple[str, Value]] = {
     "images": (
         "images seen (steps × batch size)",
         lambda run, point: point.step * run.batch_size if run.batch_size else None,
+    ),
+    "seconds": (
+        "seconds of training and evaluation",
+        lambda run, point: None if point.hours is None else 3600 * point.hours,
     ),
     "hours": ("hours of training and evaluation", lambda run, point: point.hours),
     "device-hours": ("GPU-hours (hours × processes)", lambda run, point: point.device_hours),
@@ -78,7 +82,7 @@ def _tagged(value: str) -> str:
     return escape(value)
 
 
-def _drawn(comparison: Comparison) -> list[Row]:
+def with_curves(comparison: Comparison) -> list[Row]:
     """The rows with a curve, in the order that gives their colours."""
     return [r for r in comparison.rows if r.cell and any(run.curve for run in r.cell.runs)]
 
@@ -92,7 +96,7 @@ def _results(comparison: Comparison) -> str:
             row.interval,
             row.published.metrics.get("AP") if row.published and comparison.beside_paper else None,
         )
-        for group, row in enumerate(_drawn(comparison))
+        for group, row in enumerate(with_curves(comparison))
         if row.finished or not any(other.finished for other in comparison.rows)
     ]
     svg = spots(rows, "AP")
@@ -105,10 +109,10 @@ def _results(comparison: Comparison) -> str:
 
 
 def _convergence(comparison: Comparison) -> str:
-    rows = _drawn(comparison)
+    rows = with_curves(comparison)
     charts, choices = [], []
     for axis, (label, value) in AXES.items():
-        lines = [line for i, row in enumerate(rows) for line in _lines(row, i, value)]
+        lines = [line for i, row in enumerate(rows) for line in lines_of(row, i, value)]
         marks = _marks(comparison, rows) if axis == "epochs" else []
         drawn = {s: curves(lines, marks, label, "AP", log) for s, log in SCALES.items()}
         if all(drawn.values()):
@@ -117,7 +121,7 @@ def _convergence(comparison: Comparison) -> str:
     if not choices:
         return ""
     legend = "".join(
-        f'<button type="button" class="key s{i % COLOURS}" data-group="{i}" aria-pressed="true">'
+        f'<button type="button" class="key {style(i)}" data-group="{i}" aria-pressed="true">'
         f"<i></i>{escape(row.label)}</button>"
         for i, row in enumerate(rows)
     )
@@ -149,7 +153,8 @@ def _picks(name: str, values: list[str]) -> str:
     return f'<span class="pick {name}">{labels}</span>'
 
 
-def _lines(row: Row, group: int, value: Value) -> list[Line]:
+def lines_of(row: Row, group: int, value: Value) -> list[Line]:
+    """The curve of each of a row's runs, over what `value` takes of an evaluation."""
     assert row.cell is not None
     lines = []
     for run in row.cell.runs:

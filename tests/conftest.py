@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,23 @@ if ONE_OF_SEVERAL:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes long tests come first, lest one is left with them at the end."""
-    if ONE_OF_SEVERAL:
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Each of several processes begins with an equal stretch of the tests. Long ones come first in
+    it, lest one process is left with them at the end, and a file's in one stretch, so that what
+    they share is made once. Every other stretch has its files in reverse: no two processes in a
+    row begin with clusters."""
+    if not ONE_OF_SEVERAL:
+        return
+    processes = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    long = [item for item in items if item.get_closest_marker("slow")]
+    short = iter([item for item in items if not item.get_closest_marker("slow")])
+    files = list(dict.fromkeys(item.path for item in long))
+    ordered: list[pytest.Item] = []
+    for k in range(processes):
+        own = files[k::processes][:: -1 if k % 2 else 1]
+        stretch = [item for file in own for item in long if item.path == file]
+        left = (len(items) - len(ordered)) // (processes - k)
+        ordered += [*stretch, *islice(short, max(0, left - len(stretch)))]
+    items[:] = [*ordered, *short]
 
 
 @pytest.fixture(scope="module", autouse=True)

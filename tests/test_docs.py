@@ -95,6 +95,7 @@ LINES_ELSEWHERE = {
     "--output /runs/r50": ("one training is enough", "tests/pipeline/test_demo_scale.py"),
     "jobs compare table2": ("needs the grid", "tests/jobs/test_compare_page.py"),
     "jobs compare /shared/grids/mine": ("needs a grid", "tests/jobs/test_compare_page.py"),
+    "jobs compare outputs/grids/family_demo": ("needs the grid", "tests/jobs/test_compare_page.py"),
 }
 # Options of programs that are not ours, or of the environment.
 FOREIGN_OPTIONS = {

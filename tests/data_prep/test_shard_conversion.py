@@ -248,7 +248,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         return [number for number in every if (state(number) or ("", 0))[1] == parent.pid]
 
     def wait_for(condition):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -18,6 +18,7 @@ from pipeline.parent import end_with_parent
 from tests.error_table.files import TRAIN, VISUALIZE, text, void
 from tests.error_table.place import Mistake
 from tests.fuzz.mutate import bombs
+from tests.ports import free_port
 
 FILE = "python -m pipeline visualize model.pt --data shards/val --output new"
 MODEL = Path("run/checkpoints/step-00000002/model.pt")
@@ -155,14 +156,6 @@ def answers(status: int, content: Any) -> Callable[[], None]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
     return serve
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 PORT = free_port()

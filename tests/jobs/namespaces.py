@@ -4,7 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.jobs.nodes import Cluster, free_ports
+from tests.jobs.nodes import Cluster
+from tests.ports import free_port
 
 IP = next((p for p in ("/usr/sbin/ip", "/sbin/ip", "/usr/bin/ip") if Path(p).exists()), "")
 
@@ -90,10 +91,9 @@ class SeparateNodes(Cluster):
 
     def add_node(self, place: tuple[str, str] | None = None) -> subprocess.Popen:
         name, address = place or self.network.add()
-        (agent,) = free_ports(1)
         node = self.start(
             f"--address={self.head_address}:{self.port}", "--num-cpus=1",
-            f"--node-ip-address={address}", f"--dashboard-agent-listen-port={agent}",
+            f"--node-ip-address={address}", f"--dashboard-agent-listen-port={free_port()}",
             f"--temp-dir={self.folder}-{len(self.nodes)}",
             prefix=(IP, "netns", "exec", name),
         )  # fmt: skip

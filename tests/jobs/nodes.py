@@ -5,13 +5,11 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -19,17 +17,10 @@ import torch
 
 from pipeline.checkpoint_store import checkpoint_path, checkpoint_steps, load_model
 from pipeline.tracking import read_lines
+from tests.ports import free_port, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).parent / "ray"
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 class Cluster:
@@ -84,10 +75,9 @@ class Cluster:
     def add_node(self) -> subprocess.Popen:
         # Addresses of loopback, all different; not 127.0.0.1, which Ray would replace.
         own = f"127.0.0.{len(self.nodes) + 2}"
-        (agent,) = free_ports(1)
         return self.start(
             f"--address={self.head_address}:{self.port}", "--num-cpus=1",
-            f"--node-ip-address={own}", f"--dashboard-agent-listen-port={agent}",
+            f"--node-ip-address={own}", f"--dashboard-agent-listen-port={free_port()}",
             # As machines do not share theirs: one node's agent would remove another's job files.
             f"--temp-dir={self.folder}-{len(self.nodes)}",
         )  # fmt: skip

@@ -49,11 +49,15 @@ def test_the_page_is_whole_in_itself_and_takes_no_markup_from_names(rich):
     assert not [a for _, a in parsed.tags if {"src", "href", "srcset"} & set(a)]
     assert not re.findall(r"https?:|url\(|@import", text)
     assert HOSTILE in "".join(parsed.text)
-    # Four axes on two scales; one line for each run on each.
+    # Five axes on two scales; one line for each run on each.
     charts = [a["class"] for tag, a in parsed.tags if a.get("class", "").startswith("chart ")]
-    assert len(charts) == 8
+    assert len(charts) == 10
+    style = re.sub(r"\s+", " ", text[: text.index("</style>")])
+    for _, axis, scale in map(str.split, charts):  # which the style sheet shows when it is chosen
+        shown = f"#{axis}:checked ~ #{scale}:checked ~ .charts .{axis}.{scale}"
+        assert shown in style
     lines = [a for _, a in parsed.tags if a.get("class", "").startswith("line ")]
-    assert len(lines) == 8 * 4
+    assert len(lines) == 10 * 4
     first = next(a for a in lines if a["data-name"].endswith("seed 1"))
     assert len(first["data-values"].split()) == 12
     assert "paper 43.8" in text

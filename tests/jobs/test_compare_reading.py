@@ -19,9 +19,9 @@ from tests.jobs.made_up_runs import FULL, cell, row_of, write_grid, write_run
 
 def test_the_paper_has_8_6_and_9_rows_and_each_is_consistent():
     assert {name: len(table.rows) for name, table in tables().items()} == {
-        "table1": 8, "table2": 6, "table3": 9, "recipe12": 7, "figure3": 3,
+        "table1": 8, "table2": 6, "table3": 9, "recipe12": 7, "figure3": 3, "family": 18,
     }  # fmt: skip
-    for row in (row for table in tables().values() for row in table.rows):
+    for row in (row for name, table in tables().items() for row in table.rows if name != "family"):
         values = row.metrics
         if set(values) == {"AP"}:
             assert row.source == "README of github.com/HDETR/H-Deformable-DETR"
@@ -35,6 +35,25 @@ def test_the_paper_has_8_6_and_9_rows_and_each_is_consistent():
         else:
             assert row.key == "table3/efficientdet_d7"
         assert published(row.key) == row
+
+
+def test_the_familys_rows_are_those_of_its_repositories():
+    """As the notes on the family have them: epochs, AP, millions of parameters."""
+    rows = {row.key.removeprefix("family/"): row for row in tables()["family"].rows}
+    for row in rows.values():
+        assert row.source.startswith(("README of github.com/", "arXiv "))
+        assert 35 < row.extra["params"] < 60
+    known = {name: (row.epochs, row.metrics["AP"]) for name, row in rows.items()}
+    assert {epochs for epochs, _ in known.values()} == {50, 12}
+    assert [name for name, (epochs, _) in known.items() if epochs == 12] == ["dino_r50_4scale"]
+    # Each method's stride-16 map is worth more than one AP, and so is SMCA to SAM-DETR.
+    dc5 = [name for name in known if f"{name}_dc5" in known]
+    smca = [name for name in known if f"{name}_smca" in known]
+    assert (len(dc5), len(smca)) == (5, 3)
+    for name in dc5:
+        assert known[f"{name}_dc5"][1] > known[name][1] + 1
+    for name in smca:
+        assert known[f"{name}_smca"][1] >= known[name][1] + 1
 
 
 def test_the_differences_that_the_paper_states_in_words_follow_from_its_tables():

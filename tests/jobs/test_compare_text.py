@@ -5,20 +5,28 @@ import re
 
 import pytest
 
+from jobs.__main__ import COMMANDS
 from jobs.report_text import as_csv, markdown
+from pipeline.cli import main
 from tests.jobs.made_up_runs import rich_grid, write_run
 
 
-def test_the_command_writes_its_files_and_ends_with_2_after_a_mistake(tmp_path, run_command):
+def command(*arguments):
+    return main("python -m jobs", "", COMMANDS, ["compare", *map(str, arguments)])
+
+
+def test_the_command_writes_its_files_and_ends_with_2_after_a_mistake(tmp_path, capsys):
     a, b = write_run(tmp_path / "a", [0.4]), write_run(tmp_path / "b", [0.5], world=1, seed=1)
-    done = run_command("jobs", "compare", a, b, "--output", tmp_path / "out", "--resamples", 0)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^a +1/1 +2 +45\.0 ± 7\.07", done.stdout, re.M)
+    assert command(a, b, "--output", tmp_path / "out", "--resamples", 0) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^a +1/1 +2 +45\.0 ± 7\.07", said, re.M)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["compare.csv", "compare.html", "compare.md"]
-    done = run_command("jobs", "compare", tmp_path / "none")
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert names == [
+        "compare-images.svg", "compare-seconds.svg", "compare.csv", "compare.html", "compare.md",
+    ]  # fmt: skip
+    assert said.endswith("compare.html, .md, .csv, -images.svg and -seconds.svg\n")
+    assert command(tmp_path / "none") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.fixture

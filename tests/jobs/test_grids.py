@@ -9,19 +9,23 @@ from pathlib import Path
 import pytest
 
 from jobs.__main__ import run_status
+from jobs.family_grid import family
 from jobs.grid import Cell, Grid, changed, differences, entries, leaves, name_of, runs
 from jobs.grid_augmented import sides
 from jobs.grid_command import run_grid
 from jobs.grid_file import find_grid
 from jobs.grid_options import GridData, GridOptions, common
 from jobs.papers_grids import PAPERS_GRIDS, figure3, table1, table2, table3
+from jobs.published import tables
 from jobs.recipe12_grid import recipe12
 from model.detr import build_model
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.family_recipes import FAMILY
 from pipeline.recipes import deformable_detr_r50, recipe
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "jobs" / "published.json"
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "jobs" / "published.json"
 
 
 def configs(grid: Grid, small: bool = False) -> dict[str, RunConfig]:
@@ -120,6 +124,30 @@ def test_recipe_12_goes_from_two_stage_to_the_recipe_one_switch_at_a_time():
     }  # fmt: skip
     assert small["one_to_many"].model.one_to_many_queries == 150
     assert len(runs(wanted(recipe12(), small=True))) == 7  # none has dropout there
+
+
+def test_the_family_is_every_method_beside_deformable_detr_at_equal_images():
+    rows = configs(family())
+    assert set(rows) > {"deformable_detr", "two_stage", "deformable_detr_12ep", "detr_dc5"}
+    named = [config.recipe for config in rows.values()]
+    assert len(named) == len(set(named))
+    assert set(named) >= {function.__name__ for function in FAMILY}
+    small = [changed(c, {"schedule.epochs": 12}) for c in configs(family(), small=True).values()]
+    seen = {(c.schedule.epochs, c.optimizer.batch_size, c.augment, c.seed) for c in small}
+    assert len(seen) == 1
+
+
+def test_the_page_of_the_family_has_what_is_published():
+    page = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\w+)` \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert [
+        (f"family/{name}", int(epochs), float(ap), float(parameters))
+        for name, epochs, ap, parameters in told
+    ] == [
+        (row.key, row.epochs, row.metrics["AP"], row.extra["params"])
+        for row in tables()["family"].rows
+    ]
+    assert {function.__name__ for function in FAMILY} <= {name for name, *_ in told}
 
 
 @pytest.mark.parametrize("name", PAPERS_GRIDS)

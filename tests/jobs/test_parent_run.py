@@ -13,7 +13,7 @@ from jobs.grid_state import Record
 from jobs.tracking import remembered
 from pipeline.tracking import read_lines
 from tests.jobs.made_up_runs import cell, write_grid, write_run
-from tests.jobs.mlflow_server import free_port
+from tests.ports import free_port
 
 CELLS = {"baseline": [0.1, 0.3, 0.25], "k=1,fpn": [0.1, 0.2]}
 

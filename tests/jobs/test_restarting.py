@@ -102,16 +102,21 @@ def test_an_earlier_attempt_of_the_same_job_is_over(tmp_path):
 def test_a_process_ends_with_its_attempt(tmp_path):
     fence = Fence(tmp_path, "one")
     code = (
-        "import sys, time; from pathlib import Path; from jobs.fence import Fence\n"
-        "Fence(Path(sys.argv[1]), 'one').end_process_when_over(int(sys.argv[2])); time.sleep(60)"
+        "import sys, time; from pathlib import Path; import jobs.fence as fence\n"
+        "fence.LOOK_EVERY = 0.1\n"
+        "fence.Fence(Path(sys.argv[1]), 'one').end_process_when_over(int(sys.argv[2]))\n"
+        "print('up', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), str(fence.begin())], cwd=ROOT
-    )
+        [sys.executable, "-c", code, str(tmp_path), str(fence.begin())],
+        cwd=ROOT, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(4)
+        process.wait(1)
     fence.begin()
-    assert process.wait(20) == 1
+    assert process.wait(120) == 1
 
 
 def test_failures_are_told_in_a_line():

@@ -10,8 +10,9 @@ import mlflow
 import pytest
 
 from pipeline.tracking import read_lines
-from tests.jobs.mlflow_server import free_port, start_server, stop_server
+from tests.jobs.mlflow_server import start_server, stop_server
 from tests.jobs.nodes import ROOT
+from tests.ports import free_port
 
 # Two jobs at once on a local cluster, and a server that is started twice: minutes.
 pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(900)]

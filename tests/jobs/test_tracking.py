@@ -25,7 +25,8 @@ from pipeline.follow import Tail
 from pipeline.progress import ProgressPrinter
 from pipeline.recipes import recipe
 from pipeline.tracking import MetricsLog
-from tests.jobs.mlflow_server import free_port, start_server, stop_server
+from tests.jobs.mlflow_server import start_server, stop_server
+from tests.ports import free_port
 
 BEST = {
     "checkpoint": "step-00000001",
