@@ -21,6 +21,8 @@ Architecture = Literal[
     "smca_detr",
     "dab_detr",
     "dab_deformable_detr",
+    "sam_detr",
+    "sam_multiscale_detr",
     "dino",
     "faster_rcnn",
 ]
@@ -107,6 +109,11 @@ class ModelConfig:
     denoising_box_noise: float = 0.4
     """How far a denoising query's centre moves in halves of its box's size, and its size in
     itself, at most; in contrastive denoising its sides move, in the same halves."""
+    salient_gaussians: bool = False
+    """SAM-DETR: attention falls with the distance from a head's salient point (SMCA)."""
+    input_norm: bool = False
+    """SAM-DETR on one map: a group norm behind the input projection. Published checkpoints of 12
+    epochs have it, those of 50 do not."""
     activation_checkpointing: bool = False
     """Recompute the transformer layers in the backward pass: less memory, more time."""
 
@@ -194,6 +201,15 @@ class ModelConfig:
                 f"architecture: got {self.architecture} with num_levels={self.num_levels}, "
                 f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected 1, False, "
                 "False"
+            )
+        one_map = self.architecture == "sam_detr"
+        if (one_map or self.architecture == "sam_multiscale_detr") and (
+            one_map != (self.num_levels == 1) or not self.box_refine or self.two_stage
+        ):
+            raise ValueError(
+                f"architecture: got {self.architecture} with num_levels={self.num_levels}, "
+                f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected "
+                f"{'1' if one_map else '3 and up'}, True, False"
             )
         two_stage_cnn = self.architecture == "faster_rcnn"
         if two_stage_cnn and (self.refines or self.dilation or self.classification != "softmax"):
