@@ -146,14 +146,24 @@ def _in_cells(places: Tensor, memory: Memory) -> Tensor:
 
 
 def _gaussian(centres: Tensor, scales: Tensor, memory: Memory) -> Tensor:
-    """Logits [N, M, Q, S], at most 0: centres [N, Q, M, 2] as (x, y) in cells, scales alike."""
+    """Logits [N, M, Q, S]: centres [N, Q, M, 2] as (x, y) in cells, scales alike. 0 at the nearest
+    cell inside the image."""
     height, width = memory.shapes[0]
     along_x, along_y = (
-        ((torch.arange(cells, device=centres.device) + 0.5 - centre[..., None]) * scale[..., None])
-        .square()
-        .transpose(1, 2)
-        for cells, centre, scale in zip(
-            (width, height), centres.unbind(-1), scales.unbind(-1), strict=True
-        )
+        _falling(centres[..., axis], scales[..., axis], cells, memory.sizes[:, 0, axis])
+        for axis, cells in enumerate((width, height))
     )
-    return -(along_y[..., :, None] + along_x[..., None, :]).flatten(-2) / 8
+    return (along_y[..., :, None] + along_x[..., None, :]).flatten(-2)
+
+
+def _falling(centre: Tensor, scale: Tensor, cells: int, valid: Tensor) -> Tensor:
+    """One coordinate's part of the Gaussian, [N, M, Q, cells], of centre and scale [N, Q, M].
+
+    Softmax does not see that the nearest of the `valid` cells [N] has 0. Without it 16 bits could
+    not tell cells apart that are all far away, nor hold them.
+    """
+    index = torch.arange(cells, device=centre.device)
+    logits = ((index + 0.5 - centre[..., None]) * scale[..., None]).square() / -8
+    inside = index < valid[:, None, None, None]
+    nearest = logits.masked_fill(~inside, float("-inf")).amax(-1, keepdim=True)
+    return (logits - nearest.detach()).transpose(1, 2)
