@@ -202,15 +202,6 @@ class ModelConfig:
                 f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected 1, False, "
                 "False"
             )
-        one_map = self.architecture == "sam_detr"
-        if (one_map or self.architecture == "sam_multiscale_detr") and (
-            one_map != (self.num_levels == 1) or not self.box_refine or self.two_stage
-        ):
-            raise ValueError(
-                f"architecture: got {self.architecture} with num_levels={self.num_levels}, "
-                f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected "
-                f"{'1' if one_map else '3 and up'}, True, False"
-            )
         two_stage_cnn = self.architecture == "faster_rcnn"
         if two_stage_cnn and (self.refines or self.dilation or self.classification != "softmax"):
             raise ValueError(
@@ -239,6 +230,7 @@ class ModelConfig:
                 f"{' or '.join(allowed)}"
             )
         self._check_anchors()
+        self._check_sam()
         self._check_parts_of_dino()
         if self.num_levels == 1 and (self.neck != "plain" or not self.level_exchange):
             raise ValueError(
@@ -276,6 +268,19 @@ class ModelConfig:
                 f"architecture: got dab_deformable_detr with box_refine={self.box_refine}, "
                 f"two_stage={self.two_stage}, expected True, False"
             )
+
+    def _check_sam(self) -> None:
+        one_map = self.architecture == "sam_detr"
+        sam = one_map or self.architecture == "sam_multiscale_detr"
+        if sam and (one_map != (self.num_levels == 1) or not self.box_refine or self.two_stage):
+            raise ValueError(
+                f"architecture: got {self.architecture} with num_levels={self.num_levels}, "
+                f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected "
+                f"{'1' if one_map else '3 and up'}, True, False"
+            )
+        for name, fits in (("salient_gaussians", sam), ("input_norm", one_map)):
+            if getattr(self, name) and not fits:
+                raise ValueError(f"{name}: got True with {self.architecture}, expected False")
 
     def _check_parts_of_dino(self) -> None:
         dino, own = self.architecture == "dino", self.architecture == "deformable_detr"

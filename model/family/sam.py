@@ -199,9 +199,9 @@ def encode_cells_in_published_order(masks: list[Tensor], hidden_dim: int) -> Ten
     """As `encode_cells`, but for the order of its additions: [N, H_l, W_l] bool for each level,
     True on padding, to [N, S, C] float32.
 
-    RoIAlign reads padded cells beside the valid area. A column without a valid cell has places
-    divided by what rounding leaves of -0.5 + 1e-6 + 0.5, some 3e6 radians, whose sine is as it
-    happens to be in this order of operations and in no other.
+    RoIAlign reads padded cells beside the valid area. In a column without a valid cell the places
+    are divided by what rounding leaves of -0.5 + 1e-6 + 0.5, which makes some 3e6 radians: their
+    sine in another order of operations would be another number.
     """
     angles = torch.cat([_cell_angles(~mask) for mask in masks], dim=1)
     return sine_features(angles, hidden_dim // 2).flatten(-2)
