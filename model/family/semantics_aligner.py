@@ -83,12 +83,13 @@ class SemanticsAligner(nn.Module):
         )
 
     def _regions(self, boxes: Tensor, memory: Memory) -> Tensor:
-        """[N Q, C, 7, 7], in float32 at the least: RoIAlign knows no bfloat16."""
+        """[N Q, C, 7, 7], in float32 at the least: RoIAlign knows no bfloat16. On a CPU it refuses
+        a box of NaN as too large a region; the matcher has better words for it."""
         corners = _in_cells(cxcywh_to_xyxy(boxes).unflatten(-1, (2, 2)), memory).flatten(2)
         image = torch.arange(len(boxes), device=boxes.device)[:, None, None]
         rois = torch.cat((image.expand_as(corners[..., :1]), corners), dim=-1).flatten(0, 1)
         cells = full_precision(memory.tokens).transpose(1, 2).unflatten(-1, memory.shapes[0])
-        return roi_align(cells, rois.to(cells.dtype), ROI_CELLS, aligned=True)
+        return roi_align(cells, rois.to(cells.dtype).nan_to_num(), ROI_CELLS, aligned=True)
 
     def _salient(self, regions: Tensor) -> Tensor:
         """[N Q, C, 7, 7] to the points (x, y) of all heads and, with `gaussians`, their scales."""
