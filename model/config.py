@@ -21,6 +21,8 @@ Architecture = Literal[
     "smca_detr",
     "dab_detr",
     "dab_deformable_detr",
+    "sam_detr",
+    "sam_multiscale_detr",
     "dino",
     "anchor_detr",
     "faster_rcnn",
@@ -114,6 +116,11 @@ class ModelConfig:
     denoising_box_noise: float = 0.4
     """How far a denoising query's centre moves in halves of its box's size, and its size in
     itself, at most; in contrastive denoising its sides move, in the same halves."""
+    salient_gaussians: bool = False
+    """SAM-DETR: attention falls with the distance from a head's salient point (SMCA)."""
+    input_norm: bool = False
+    """SAM-DETR on one map: a group norm behind the input projection. Published checkpoints of 12
+    epochs have it, those of 50 do not."""
     activation_checkpointing: bool = False
     """Recompute the transformer layers in the backward pass: less memory, more time."""
 
@@ -230,6 +237,7 @@ class ModelConfig:
                 f"{' or '.join(allowed)}"
             )
         self._check_anchors()
+        self._check_sam()
         self._check_parts_of_dino()
         if self.num_levels == 1 and (self.neck != "plain" or not self.level_exchange):
             raise ValueError(
@@ -269,6 +277,19 @@ class ModelConfig:
                 f"architecture: got dab_deformable_detr with box_refine={self.box_refine}, "
                 f"two_stage={self.two_stage}, expected True, False"
             )
+
+    def _check_sam(self) -> None:
+        one_map = self.architecture == "sam_detr"
+        sam = one_map or self.architecture == "sam_multiscale_detr"
+        if sam and (one_map != (self.num_levels == 1) or not self.box_refine or self.two_stage):
+            raise ValueError(
+                f"architecture: got {self.architecture} with num_levels={self.num_levels}, "
+                f"box_refine={self.box_refine}, two_stage={self.two_stage}, expected "
+                f"{'1' if one_map else '3 and up'}, True, False"
+            )
+        for name, fits in (("salient_gaussians", sam), ("input_norm", one_map)):
+            if getattr(self, name) and not fits:
+                raise ValueError(f"{name}: got True with {self.architecture}, expected False")
 
     def _check_parts_of_dino(self) -> None:
         dino, own = self.architecture == "dino", self.architecture == "deformable_detr"

@@ -12,6 +12,7 @@ from model.family.conditional import ConditionalDETR
 from model.family.dab import DABDETR
 from model.family.dab_deformable import DABDeformableDETR
 from model.family.dino import DINO
+from model.family.sam import SamDETR, SamMultiScaleDETR
 from model.family.smca import SMCADETR
 from model.faster_rcnn import FasterRCNN
 
@@ -26,6 +27,8 @@ def build_model(config: ModelConfig) -> nn.Module:
         "faster_rcnn": FasterRCNN,
         "dab_detr": DABDETR,
         "dab_deformable_detr": DABDeformableDETR,
+        "sam_detr": SamDETR,
+        "sam_multiscale_detr": SamMultiScaleDETR,
         "dino": DINO,
         "anchor_detr": AnchorDETR,
     }

@@ -39,6 +39,12 @@ PUBLISHED = {
     "conditional_detr_r50_dc5": (44, 195),
     "dino_r50_4scale": (47, 279),
     "anchor_detr_r50_dc5": (37, 172),
+    "sam_detr_r50": (58, 100),
+    "sam_detr_r50_smca": (58, 100),
+    "sam_detr_r50_dc5": (58, 210),
+    "sam_detr_r50_dc5_smca": (58, 210),
+    "sam_detr_r50_multiscale": (55, 203),
+    "sam_detr_r50_multiscale_smca": (55, 203),
 }
 """Millions of parameters and G of multiply-adds: Table 1 of the paper; the two single-scale rows
 are in the official repository's README alone, those of the family in its methods' own (Anchor

@@ -26,10 +26,19 @@ def _no_graphs_of_other_tests() -> Iterator[None]:
         {"architecture": "detr", "classification": "softmax", "num_levels": 1},
         {"architecture": "conditional_detr", "num_levels": 1},
         {"architecture": "smca_detr", "classification": "focal_no_object", "num_levels": 1},
+        pytest.param(
+            {
+                "architecture": "sam_multiscale_detr",
+                "num_levels": 3,
+                "box_refine": True,
+                "salient_gaussians": True,
+            },
+            marks=pytest.mark.chaos,
+        ),
         pytest.param({"architecture": "dino", "two_stage": True}, marks=pytest.mark.chaos),
         {"architecture": "anchor_detr", "num_levels": 1, "num_patterns": 2},
     ],
-    ids=["two_stage", "bifpn", "detr", "conditional", "smca", "dino", "anchor"],
+    ids=["two_stage", "bifpn", "detr", "conditional", "smca", "sam_multiscale", "dino", "anchor"],
 )
 def test_one_graph_for_images_of_any_size(
     changes: dict[str, Any], small_config: Callable[..., ModelConfig]

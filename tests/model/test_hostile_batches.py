@@ -43,6 +43,17 @@ ARCHITECTURES: dict[str, dict] = {
         "denoising_pairs": 6,
     },
     "anchor": {"architecture": "anchor_detr", "num_levels": 1, "num_patterns": 2},
+    "sam": {
+        "architecture": "sam_detr",
+        "num_levels": 1,
+        "box_refine": True,
+        "salient_gaussians": True,
+    },
+    "sam_multiscale": {
+        "architecture": "sam_multiscale_detr",
+        "num_levels": 3,
+        "box_refine": True,
+    },
     "faster_rcnn": {
         "architecture": "faster_rcnn",
         "classification": "softmax",
