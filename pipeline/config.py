@@ -211,9 +211,9 @@ class InitConfig:
     backbone: str = ""
     """ImageNet weights of the backbone in torchvision's key names."""
     weights: str = ""
-    """A published checkpoint (of Deformable DETR, DETR or torchvision's Faster R-CNN), or one of
-    ours (a run folder, a checkpoint in it, a model.pt), of the same architecture; the classes may
-    differ."""
+    """A checkpoint that the method's authors have published (torchvision's for Faster R-CNN), or
+    one of ours (a run folder, a checkpoint in it, a model.pt), of the same architecture; the
+    classes may differ."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 
 OUR_CLASS_HEAD = re.compile(r"^(heads|queries)\.classes\.(\d+\.)?(weight|bias)$")
 PUBLISHED_CLASS_HEAD = re.compile(
-    r"^(transformer\.(decoder\.|enc_out_))?class_embed\.(\d+\.)?(weight|bias)$"
+    r"^(transformer\.(decoder\.|enc_out_)?)?class_embed\.(\d+\.)?(weight|bias)$"
 )
 # What denoising queries are told of their classes: a row for each, and one for none.
 LABELS = re.compile(r"^(label_enc|(training_)?queries\.(\d+\.)?labels)\.weight$")
@@ -58,8 +58,8 @@ def load_weights(
 ) -> str:
     """Loads a checkpoint of ours or a published one into `model`, and says what it did.
 
-    path: a run folder, a checkpoint folder, a model.pt, or a file in the published names of
-    Deformable DETR, DETR or torchvision's Faster R-CNN. Class heads for another number of classes,
+    path: a run folder, a checkpoint folder, a model.pt, or a file in the names that the method was
+    published with (torchvision's for Faster R-CNN). Class heads for another number of classes,
     or for classes of other `names` or in another order, stay as `model` has them, freshly
     initialised, those of the first stage too; everything else is loaded strictly. Published files
     carry no names. Raises `UserError` where it does not fit.
@@ -68,7 +68,7 @@ def load_weights(
     if not any(is_class_head(name) for name in state):
         raise UserError(
             f"init.weights {path}: got {len(state)} tensors and no class head among them, expected "
-            f"a checkpoint of ours or a published one of Deformable DETR, DETR or Faster R-CNN; a "
+            f"a checkpoint of ours or a published one of the method; a "
             f"backbone's weights are for --init.backbone"
         )
     try:
