@@ -11,7 +11,7 @@ from data_prep.convert import convert
 from data_prep.on_ray import ray_cluster
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture
@@ -89,5 +89,5 @@ def test_ray_is_loaded_only_when_it_is_asked_for(small):
         "convert(*map(Path, sys.argv[1:]))\n"
         "assert 'ray' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *small.arguments], cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, *small.arguments], cwd=ROOT, timeout=600)
     assert done.returncode == 0

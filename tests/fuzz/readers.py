@@ -293,13 +293,11 @@ def of_published() -> Reader:
         num_heads=2, feedforward_dim=32, num_queries=3,
     )  # fmt: skip
     model = build_model(config)
-    from model.weights import _official_names
-
     state = {
         # Published attentions have query, key and value in one.
         name: torch.zeros(96, *value.shape[1:]) if "in_proj_" in name else value
         for key, value in model.state_dict().items()
-        for name in _official_names(key, config)
+        for name in model.official_names(key)
     }
     names = sorted(state)
 
