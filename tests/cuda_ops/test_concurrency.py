@@ -77,7 +77,7 @@ class Set(torch.utils.data.Dataset):
         return 4
     def __getitem__(self, index):
         return as_expected()
-loader = torch.utils.data.DataLoader(Set(), num_workers=2, timeout=60)
+loader = torch.utils.data.DataLoader(Set(), num_workers=2, timeout=300)
 print([x.item() for x in loader])
 """
     )

@@ -242,5 +242,5 @@ def test_sigterm_answers_what_is_in_hand_and_leaves_nothing(client):
     command.reader.join(60)
     assert command.said[-1] == "stopping\n"
     assert "Traceback" not in "".join(command.said)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=240)
     assert not alive
