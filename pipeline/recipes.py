@@ -20,7 +20,8 @@ from pipeline.errors import UserError
 from pipeline.family_recipes import FAMILY
 
 DEMO_SCALE = "_demo"
-DENSE = ("detr", "dab_detr")  # that learn at a lower rate at demo scale
+# Those that learn at a lower rate at demo scale.
+DENSE = ("detr", "conditional_detr", "smca_detr", "dab_detr")
 
 
 def deformable_detr_r50() -> RunConfig:
