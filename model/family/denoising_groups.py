@@ -1,5 +1,5 @@
-"""What the denoising queries of DN-DETR and DINO have in common: groups with a place for each box of
-an image, of which none sees another. N batch, Q queries, T boxes of the whole batch."""
+"""What the denoising queries of DN-DETR and DINO have in common: groups with a place for each
+box of an image, of which none sees another. N batch, Q queries, T boxes of the whole batch."""
 
 import torch
 import torch.nn.functional as F
