@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from model.config import ModelConfig
 from model.family.anchors import ANCHOR_EPS
+from model.family.denoising_groups import box_places, denoising_mask
 from model.parts import Group, Known, Memory, Queries, References, Targets
 
 
@@ -127,23 +127,6 @@ class ContrastiveDenoising(nn.Module):
 
 def _places(counts: list[int], groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Image and place of each query [G, 2, T], of images with so many boxes."""
-    # Made on the device: a copy from the host would wait for all that it has to do.
-    image = torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(counts)])
-    first = torch.cat([torch.arange(n, device=device) for n in counts])
+    image, first = box_places(counts, device)
     part = torch.arange(groups * 2, device=device).view(groups, 2, 1)
     return image.expand(groups, 2, -1), part * max(counts) + first
-
-
-def denoising_mask(queries: Queries, groups: int, size: int) -> Tensor:
-    """[Q, Q] bool of all queries there are and `groups` of `size` behind them, True where the first
-    may not see the second: nobody sees a denoising group but itself, for it knows where boxes are,
-    and it sees those that detect."""
-    device, before = queries.content.device, queries.content.shape[1]
-    detecting = before - sum(group.queries for group in queries.groups)
-    mask = queries.mask
-    if mask is None:
-        mask = torch.zeros(before, before, dtype=torch.bool, device=device)
-    others = torch.arange(before, device=device) >= detecting
-    group = torch.arange(groups, device=device).repeat_interleave(size)
-    behind = torch.cat((others.expand(len(group), -1), group[:, None] != group), dim=1)
-    return torch.cat((F.pad(mask, (0, len(group)), value=True), behind))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.boxes import inverse_sigmoid
 from model.config import ModelConfig
 from model.family.anchors import ANCHOR_EPS
+from model.family.denoising_groups import box_places, denoising_mask
 from model.parts import Group, Known, Memory, Queries, References, Targets
 
 
@@ -47,15 +48,6 @@ def noised_boxes(boxes: Tensor, shift: Tensor, scale: float) -> Tensor:
     return (boxes + shift * reach * scale).clamp(0, 1)
 
 
-def denoising_mask(queries: int, groups: int, slots: int, device: torch.device) -> Tensor:
-    """[Q', Q'] bool of `queries` that detect and G groups of `slots` behind them, True where the
-    first may not see the second: those that detect see no group, for it knows where boxes are, and
-    a group sees no other."""
-    belongs = torch.arange(groups, device=device).repeat_interleave(slots)
-    belongs = torch.cat((belongs.new_full((queries,), -1), belongs))
-    return (belongs != belongs[:, None]) & (belongs >= 0)
-
-
 class DenoisingQueries(nn.Module):
     """Appends `denoising_groups` groups of noised boxes to the queries, as the group "dn"."""
 
@@ -70,13 +62,10 @@ class DenoisingQueries(nn.Module):
 
         Slots that an image does not fill have content 0 and a box over the middle; they are seen
         by their group, as in the published code, but have no part in the loss. Raises `ValueError`
-        without targets, or if there are other groups already.
+        without targets.
         """
-        if targets is None or queries.groups:
-            raise ValueError(
-                f"denoising: got {'no targets' if targets is None else 'other groups'} in training"
-                ", expected targets and no group before this one"
-            )
+        if targets is None:
+            raise ValueError("targets: got none in training, expected them for denoising_groups")
         config, references = self.config, queries.references
         assert references is not None
         groups, like = config.denoising_groups, references.attend
@@ -84,7 +73,9 @@ class DenoisingQueries(nn.Module):
         boxes = torch.cat([target["boxes"] for target in targets]).to(like)
         counts = [len(target["labels"]) for target in targets]
         slots = max(counts)
-        image, slot = _places(counts, groups, like.device)
+        image, place = box_places(counts, like.device)
+        slot = (torch.arange(groups, device=like.device)[:, None] * slots + place).flatten()
+        image = image.repeat(groups)
 
         noise = draw_noise(groups, boxes, config.num_classes)
         labels = torch.where(noise.flip < config.denoising_label_noise, noise.label, labels)
@@ -103,14 +94,6 @@ class DenoisingQueries(nn.Module):
         return queries._replace(
             content=torch.cat((queries.content, content), dim=1),
             references=References(*(torch.cat((x, anchors), dim=1) for x in references)),
-            mask=denoising_mask(queries.content.shape[1], groups, slots, like.device),
-            groups=(group,),
+            mask=denoising_mask(queries, groups, slots),
+            groups=(*queries.groups, group),
         )
-
-
-def _places(counts: list[int], groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Image and slot of each box in each group, group after group: [G T] each."""
-    image = [torch.full((count,), i, device=device) for i, count in enumerate(counts)]
-    first = torch.cat([torch.arange(count, device=device) for count in counts])
-    group = torch.arange(groups, device=device)[:, None]
-    return torch.cat(image).repeat(groups), (group * max(counts) + first).flatten()

@@ -37,8 +37,23 @@ def _no_graphs_of_other_tests() -> Iterator[None]:
         ),
         pytest.param({"architecture": "dino", "two_stage": True}, marks=pytest.mark.chaos),
         {"architecture": "anchor_detr", "num_levels": 1, "num_patterns": 2},
+        {"architecture": "dab_detr", "num_levels": 1, "num_patterns": 2},
+        pytest.param(
+            {"architecture": "dab_deformable_detr", "box_refine": True}, marks=pytest.mark.chaos
+        ),
     ],
-    ids=["two_stage", "bifpn", "detr", "conditional", "smca", "sam_multiscale", "dino", "anchor"],
+    ids=[
+        "two_stage",
+        "bifpn",
+        "detr",
+        "conditional",
+        "smca",
+        "sam_multiscale",
+        "dino",
+        "anchor",
+        "dab",
+        "dab_deformable",
+    ],
 )
 def test_one_graph_for_images_of_any_size(
     changes: dict[str, Any], small_config: Callable[..., ModelConfig]

@@ -30,6 +30,8 @@ VARIANTS = [
     ("detr_r50_dc5_plus_demo", {}),
     ("conditional_detr_r50_demo", {}),
     ("smca_detr_r50_demo", {}),
+    ("dab_detr_r50_demo", {}),
+    ("dab_deformable_detr_r50_demo", {}),
 ]
 
 

@@ -17,10 +17,10 @@ from model.family import contrastive_denoising
 from model.family.contrastive_denoising import (
     ContrastiveDenoising,
     Noise,
-    denoising_mask,
     draw_noise,
     noised_boxes,
 )
+from model.family.denoising_groups import denoising_mask
 from model.parts import Group, Queries, References
 
 Config = Callable[..., ModelConfig]

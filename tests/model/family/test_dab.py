@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DabDetrConfig, DabDetrForObjectDetection, ResNetConfig
 
 from model.config import ModelConfig
@@ -162,33 +160,6 @@ def test_every_parameter_gets_a_gradient(
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-
-
-def test_one_graph_for_images_of_any_size(small_config: Callable[..., ModelConfig]) -> None:
-    torch._dynamo.reset()
-    config = small_config(architecture="dab_detr", num_levels=1, encoder_layers=1)
-    model = build_model(config).eval()
-    model.backbone = nn.Sequential(nn.Conv2d(3, 128, 32, 32), AsList())
-    model.input_proj = nn.Conv2d(128, 64, 1)
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for height, width in ((96, 128), (160, 96)):
-        images = torch.randn(2, 3, height, width)
-        padding = torch.zeros(2, height, width, dtype=torch.bool)
-        padding[1, height // 2 :] = True
-        with torch.no_grad():
-            found, expected = compiled(images, padding), model(images, padding)
-        for name in ("pred_logits", "pred_boxes"):
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
-    assert counter.frame_count == 1
-    torch._dynamo.reset()
-
-
-class AsList(nn.Module):
-    """A map as a backbone gives it."""
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [x]
 
 
 # Names in transformers to the published ones, before those of tests/model/conftest.py.

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch import Tensor
 
 from cuda_ops.reference import multi_scale_deformable_attention
 from model.config import ModelConfig
@@ -243,36 +242,3 @@ def test_the_start(small_config: Callable[..., ModelConfig]) -> None:
     logits = model.queries.anchors.detach()
     expected = (logits + torch.tensor([0.0, 0.0, -2.0, -2.0])).sigmoid()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-class Shrinking(nn.Module):
-    """Maps of strides 8, 16 and 32, to be traced in no time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(nn.Conv2d(3, 64, stride, stride) for stride in (8, 16, 32))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [stage(images) for stage in self.stages]
-
-
-@pytest.mark.chaos
-def test_one_graph_for_images_of_any_size() -> None:
-    torch._dynamo.reset()
-    values = {**vars(CONFIG), "backbone": "tiny", "num_levels": 3, "decoder_layers": 2}
-    model = build_model(ModelConfig(**values)).eval()
-    model.backbone = Shrinking()
-    for level in range(3):
-        model.neck.levels[level][0] = nn.Conv2d(64, WIDTH, 1)
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for height, width in ((96, 128), (160, 96)):
-        images = torch.randn(2, 3, height, width)
-        padding = torch.zeros(2, height, width, dtype=torch.bool)
-        padding[1, height // 2 :] = True
-        with torch.no_grad():
-            found, expected = compiled(images, padding), model(images, padding)
-        for name in ("pred_logits", "pred_boxes"):
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
-    assert counter.frame_count == 1
-    torch._dynamo.reset()

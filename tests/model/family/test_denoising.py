@@ -14,8 +14,9 @@ from model.config import ModelConfig
 from model.criterion import build_criterion
 from model.detr import build_model
 from model.family import denoising
-from model.family.denoising import DenoisingQueries, Noise, denoising_mask, draw_noise, noised_boxes
-from model.parts import Targets
+from model.family.denoising import Noise, draw_noise, noised_boxes
+from model.family.denoising_groups import denoising_mask
+from model.parts import Queries, Targets
 from tests.model.family.plain_dab import (
     as_leaves,
     check_gradients,
@@ -100,11 +101,15 @@ def test_draws_have_the_distributions_that_they_say() -> None:
     assert all(torch.equal(a, b) for a, b in zip(noise, again, strict=True))
 
 
+def mask_of(queries: int, groups: int, slots: int) -> Tensor:
+    return denoising_mask(Queries(torch.zeros(1, queries, 1), None, None), groups, slots)
+
+
 @pytest.mark.parametrize(
     ("queries", "groups", "slots"), [(4, 3, 2), (1, 1, 1), (1, 5, 3), (6, 2, 0)]
 )
 def test_the_mask_by_loops(queries: int, groups: int, slots: int) -> None:
-    mask = denoising_mask(queries, groups, slots, torch.device("cpu"))
+    mask = mask_of(queries, groups, slots)
     total = queries + groups * slots
     assert mask.shape == (total, total)
     for looking in range(total):
@@ -198,7 +203,7 @@ def test_a_training_step_is_that_of_a_plain_one(
 
     state = as_leaves(state)
     contents, anchors, filled = plain_queries(state, targets, noise)
-    sees = ~denoising_mask(QUERIES, GROUPS, max(counts), torch.device("cpu"))
+    sees = ~mask_of(QUERIES, GROUPS, max(counts))
     features = model.backbone.maps[0]
     expected = plain_dab_detr(state, features, VALID, contents, anchors, 4, sees)
     denoised = outputs["groups"][0]
@@ -350,7 +355,7 @@ def test_targets_are_asked_for_in_training_alone(small_config: Callable[..., Mod
     assert not small_config(architecture="dab_detr", num_levels=1).wants_targets
     model, images = build_model(config), torch.randn(3, 3, 64, 96)
     model.eval()(images, PADDING)
-    with pytest.raises(ValueError, match="got no targets in training, expected targets"):
+    with pytest.raises(ValueError, match="targets: got none in training, expected them"):
         model.train()(images, PADDING)
 
 
@@ -374,13 +379,3 @@ def test_the_training_forward_never_waits_for_the_gpu(
             outputs = model(images, padding, targets)
     assert crossings.found == []
     assert outputs["groups"][0]["pred_boxes"].shape == (2, 6, 4)
-
-
-def test_groups_that_are_there_already_are_refused() -> None:
-    model, _ = case()
-    denoise = model.training_queries[0]
-    assert isinstance(denoise, DenoisingQueries)
-    memory = model.encode(IMAGES, PADDING)
-    queries = denoise(model.queries(memory, model.heads), memory, targets_of(1, 1, 1))
-    with pytest.raises(ValueError, match="got other groups"):
-        denoise(queries, memory, targets_of(1, 1, 1))
