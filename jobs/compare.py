@@ -19,6 +19,7 @@ from jobs.noise import (
     to_baseline,
     to_paper,
 )
+from jobs.papers_grids import PAPERS_GRIDS
 from jobs.published import Published, Table, published, tables
 from pipeline.errors import UserError
 from pipeline.recipes import DEMO_SCALE
@@ -99,7 +100,7 @@ def open_targets(targets: tuple[str, ...]) -> Grid:
         if not first.exists():
             name, small = first.name.removesuffix(DEMO_SCALE), first.name.endswith(DEMO_SCALE)
             remedy = "expected a grid or a run folder"
-            if name in tables():
+            if name in PAPERS_GRIDS:
                 scale = " --scale demo" if small else ""
                 remedy = f"submit it with: python -m jobs grid {name}{scale}"
             raise UserError(f"compare: neither {first} nor {GRIDS / first} is there; {remedy}")

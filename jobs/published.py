@@ -42,8 +42,8 @@ class Table:
 
 @cache
 def tables() -> dict[str, Table]:
-    """Tables 1 to 3, "recipe12", "family", and what text gives of Figure 3, by name: "table1", …,
-    "figure3"."""
+    """Tables 1 to 3, "recipe12", "family", "family_variants" without a grid, and what text gives of
+    Figure 3, by name: "table1", …, "figure3"."""
     content = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     found = {name: _table(name, table) for name, table in content["tables"].items()}
     known = {row.key: row for table in found.values() for row in table.rows}
