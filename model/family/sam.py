@@ -60,7 +60,7 @@ class BoxQueries(Formulation):
 
     def forward(self, memory: Memory, heads: Any) -> Queries:
         """The same queries for each image; references as `SamHeads` has them."""
-        batch = len(memory.tokens)
+        batch = memory.tokens.shape[0]
         logits = full_precision(self.embed).expand(batch, -1, -1)
         content = memory.tokens.new_zeros(batch, len(self.embed), self.width)
         return Queries(content, None, References(logits.sigmoid(), logits.detach()))
