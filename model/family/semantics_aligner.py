@@ -86,7 +86,7 @@ class SemanticsAligner(nn.Module):
         """[N Q, C, 7, 7], in float32 at the least: RoIAlign knows no bfloat16. On a CPU it refuses
         a box of NaN as too large a region; the matcher has better words for it."""
         corners = _in_cells(cxcywh_to_xyxy(boxes).unflatten(-1, (2, 2)), memory).flatten(2)
-        image = torch.arange(len(boxes), device=boxes.device)[:, None, None]
+        image = torch.arange(boxes.shape[0], device=boxes.device)[:, None, None]
         rois = torch.cat((image.expand_as(corners[..., :1]), corners), dim=-1).flatten(0, 1)
         cells = full_precision(memory.tokens).transpose(1, 2).unflatten(-1, memory.shapes[0])
         return roi_align(cells, rois.to(cells.dtype).nan_to_num(), ROI_CELLS, aligned=True)
