@@ -32,6 +32,8 @@ VARIANTS = [
     ("smca_detr_r50_demo", {}),
     ("dab_detr_r50_demo", {}),
     ("dab_deformable_detr_r50_demo", {}),
+    ("dino_r50_4scale_demo", {}),
+    ("deformable_detr_r50_12ep_demo", {}),
 ]
 
 
