@@ -216,7 +216,8 @@ def at_demo_scale(config: RunConfig) -> RunConfig:
     small = replace(
         model,
         num_classes=4,
-        num_queries=30,
+        # A DINO with 30 trains its first stage on these tokens alone, and learns slowly.
+        num_queries=max(30, model.num_queries // 10),
         backbone="tiny_dcn" if model.backbone.endswith("_dcn") else "tiny",
         hidden_dim=64,
         num_heads=2,
