@@ -37,7 +37,6 @@ PUBLISHED = {
     "faster_rcnn_r50_fpn": (42, 180),
     "conditional_detr_r50": (44, 90),
     "conditional_detr_r50_dc5": (44, 195),
-    "dino_r50_4scale": (47, 279),
     "anchor_detr_r50_dc5": (37, 172),
     "sam_detr_r50": (58, 100),
     "sam_detr_r50_smca": (58, 100),
