@@ -111,7 +111,7 @@ def build_contender(name: str, config: RunConfig, device: torch.device) -> Conte
 
     def predict(images: Tensor, padding_mask: Tensor, targets: Targets) -> Any:
         with _autocast(config, device):
-            return forward(images, padding_mask)
+            return forward(images, padding_mask, *_told(config, targets))
 
     def score(outputs: Any, targets: Targets) -> Tensor:
         loss: Tensor = criterion(outputs, targets)["loss"]
@@ -145,6 +145,11 @@ def _plain(
 
     groups = [group["params"] for group in optimizer.param_groups]
     return Contender(name, what, groups, predict, score, backward, update, operator)
+
+
+def _told(config: RunConfig, targets: Targets) -> tuple[Any, ...]:
+    """What our model's forward takes beside the images in training."""
+    return (targets,) if config.model.wants_targets else ()
 
 
 def _autocast(config: RunConfig, device: torch.device) -> torch.autocast:
@@ -203,7 +208,7 @@ def _deepspeed(config: RunConfig, device: torch.device) -> Contender:
     criterion = build_criterion(config.model).to(device)
 
     def predict(images: Tensor, padding_mask: Tensor, targets: Targets) -> Any:
-        return engine(images, padding_mask)
+        return engine(images, padding_mask, *_told(config, targets))
 
     def score(outputs: Any, targets: Targets) -> Tensor:
         loss: Tensor = criterion(outputs, targets)["loss"]

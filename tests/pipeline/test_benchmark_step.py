@@ -289,3 +289,12 @@ def test_on_a_gpu(tmp_path: Path) -> None:
         on_device = sum(ours["on_device"][phase]["median"] for phase in PHASES)
         assert on_device == pytest.approx(ours["step"]["median"], rel=0.3)
         assert ours["peak_memory"] > 4 * ours["trained_parameters"] * 3 / 2**20
+
+
+def test_a_model_that_asks_for_targets_is_given_them() -> None:
+    config = recipe("dn_dab_detr_r50_demo")
+    contender = build_contender("ours", config, CPU)
+    batch = make_batches((64, 64), 2, config.model.num_classes, 0)[0]
+    outputs = contender.predict(batch.normalized_images(), batch.padding_mask, batch.targets)
+    assert [x["group"].name for x in outputs["groups"]] == ["dn"]
+    assert contender.score(outputs, batch.targets).isfinite()
