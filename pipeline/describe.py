@@ -37,7 +37,6 @@ PUBLISHED = {
     "faster_rcnn_r50_fpn": (42, 180),
     "conditional_detr_r50": (44, 90),
     "conditional_detr_r50_dc5": (44, 195),
-    "anchor_detr_r50_dc5": (37, 172),
     "sam_detr_r50": (58, 100),
     "sam_detr_r50_smca": (58, 100),
     "sam_detr_r50_dc5": (58, 210),
@@ -46,8 +45,7 @@ PUBLISHED = {
     "sam_detr_r50_multiscale_smca": (55, 203),
 }
 """Millions of parameters and G of multiply-adds: Table 1 of the paper; the two single-scale rows
-are in the official repository's README alone, those of the family in its methods' own (Anchor
-DETR's has no parameters: they are counted in its code)."""
+are in the official repository's README alone, those of the family in its methods' own."""
 
 
 @dataclass(frozen=True)
