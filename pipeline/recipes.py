@@ -234,6 +234,8 @@ def at_demo_scale(config: RunConfig) -> RunConfig:
     # attention learns nothing at the rate that suits the others.
     cnn = model.architecture == "faster_rcnn"
     lr = 5e-4 if model.architecture in DENSE else 2e-3
+    if model.architecture == "anchor_detr":
+        lr = 1e-3  # AP 0.027 after 4 epochs of 6, and 0.012 at 2e-3
     return RunConfig(
         recipe=config.recipe + DEMO_SCALE,
         model=small,
