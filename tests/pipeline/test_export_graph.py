@@ -30,6 +30,7 @@ VARIANTS = [
     ("detr_r50_dc5_plus_demo", {}),
     ("conditional_detr_r50_demo", {}),
     ("smca_detr_r50_demo", {}),
+    ("anchor_detr_r50_demo", {}),
     ("dab_detr_r50_demo", {}),
     ("dab_deformable_detr_r50_demo", {}),
     ("dino_r50_4scale_demo", {}),
