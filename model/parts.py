@@ -39,7 +39,7 @@ class References(NamedTuple):
     attend: Tensor
     """What the layer's attention is centred on."""
     correct: Tensor
-    """What the layer's heads correct."""
+    """What the layer's heads correct; its logits where they say so (SMCA, SAM-DETR)."""
 
 
 class Known(NamedTuple):
