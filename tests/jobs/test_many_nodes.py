@@ -8,7 +8,6 @@ import time
 import mlflow
 import pytest
 
-from jobs.submit import connect, stop
 from pipeline.checkpoint_store import checkpoint_steps
 from tests.jobs.nodes import Cluster, Run, assert_same, options, report, send
 
@@ -41,11 +40,8 @@ def assert_unhurt(run: Run, uninterrupted: Run) -> None:
     assert tracked_steps(run, "val/AP") == [x["step"] for x in run.lines("evaluation")]
 
 
-def test_a_killed_node_and_a_stop_change_nothing(run, command, reference, monkeypatch):
+def test_a_killed_node_and_a_stop_change_nothing(run, command, reference):
     with Cluster(nodes=3) as cluster:  # one of them spare
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-            monkeypatch.setenv(name, cluster.environment[name])
-        client = connect(cluster.address)
         job = cluster.jobs(*command)
         cluster.wait(run.reached(4), job)
         nodes = {cluster.node_of(w) for w in cluster.processes("RayTrainWorker")}
@@ -56,9 +52,10 @@ def test_a_killed_node_and_a_stop_change_nothing(run, command, reference, monkey
 
         cluster.wait(run.reached(run.step() + 1), job)
         since = time.time()
-        # Not as a command: until that has started, the rest of the run may be over.
-        assert stop(client, "many-0") == "STOPPED"
-        report("stopped, until the job has ended", time.time() - since)
+        stop = cluster.jobs("stop", "--job", "many-0")
+        assert stop.wait(120) == 0, stop.log.read_text()
+        report("jobs stop, until the job has ended", time.time() - since)
+        assert "STOPPED" in stop.log.read_text()
         assert job.wait(240) == 2
         told = job.log.read_text()
         assert "stopped as asked" in told

@@ -37,6 +37,8 @@ def lively(config: RunConfig) -> torch.nn.Module:
                 parameter.normal_(0, 0.3)
             elif name == "queries.embed":
                 parameter.normal_(0, 3.0)
+            elif name == "heads.classes.weight":  # of a DETR, whose queries differ little
+                parameter.normal_(0, 6 * parameter.shape[-1] ** -0.5)
             elif name.endswith("_proj.weight"):  # else all of a DETR's queries look everywhere
                 parameter.normal_(
                     0, 0.3 if parameter.dim() == 4 else 6 * parameter.shape[-1] ** -0.5
