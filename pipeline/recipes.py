@@ -21,7 +21,14 @@ from pipeline.family_recipes import FAMILY
 
 DEMO_SCALE = "_demo"
 # Those that learn at a lower rate at demo scale.
-DENSE = ("detr", "conditional_detr", "smca_detr", "dab_detr")
+DENSE = (
+    "detr",
+    "conditional_detr",
+    "smca_detr",
+    "dab_detr",
+    "sam_detr",
+    "sam_multiscale_detr",
+)
 
 
 def deformable_detr_r50() -> RunConfig:
