@@ -203,8 +203,6 @@ def run_demo(args: list[str]) -> None:
 
 
 def run_compare(args: list[str]) -> None:
-    from jobs.compare import report
-
     options = parse(
         CompareOptions,
         args,
@@ -212,6 +210,8 @@ def run_compare(args: list[str]) -> None:
         "Sets measured beside published numbers, and cells beside a baseline; says what is noise."
         "\n\nExample: python -m jobs compare table2",
     )
+    from jobs.compare import report  # brings scipy
+
     report(options.targets, options.output, options.val, options.resamples)
 
 

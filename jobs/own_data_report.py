@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.objects import objects
-from pipeline.evaluate import Evaluation, table
 from pipeline.tracking import read_lines
 from pipeline.whole_file import write_whole
 
@@ -72,6 +71,8 @@ def report(output: Path, prepared: Prepared, command: list[str]) -> str:
     """Writes `output/report.md`, and returns its end as text for a terminal."""
     run = output / "run"
     best = json.loads((run / "best.json").read_text(encoding="utf-8"))
+    from pipeline.evaluate import Evaluation, table  # brings torch
+
     numbers = table(Evaluation(best["summary"], best["per_class"], []))
     lines = read_lines(run / "metrics.jsonl")
     said = [line["text"] for line in lines if line.get("event") == "message"]
