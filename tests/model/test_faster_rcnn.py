@@ -301,7 +301,7 @@ def test_half_precision_keeps_boxes_and_losses_in_full(dtype: torch.dtype) -> No
             "architecture: got faster_rcnn with box_refine=False, two_stage=True",
         ),
         ({"backbone": "resnet50", "dilation": True}, "dilation=True"),
-        ({"classification": "focal"}, "classification=focal"),
+        ({"classification": "focal"}, "classification: got focal with faster_rcnn"),
         ({"num_classes": 1}, "num_classes: got 1 with faster_rcnn, expected at least 2"),
     ],
 )
