@@ -15,6 +15,11 @@ from model.criterion import build_criterion
 from model.detr import build_model
 from model.postprocess import postprocess
 from model.weights import load_official
+from tests.model.beside_transformers import (
+    assert_close_gradient,
+    assert_same_outputs,
+    with_random_weights,
+)
 
 SMALL = ModelConfig(
     architecture="detr",
@@ -53,33 +58,12 @@ def test_outputs_and_gradients(published_names: Callable) -> None:
             auxiliary_loss=False,
             attn_implementation="eager",
         )
-    ).double()
-    theirs.requires_grad_(True)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "backbone" not in name:
-                scale = 0.3 if name.endswith("bias") else 1.5 * parameter.shape[-1] ** -0.5
-                parameter.normal_(0, scale if parameter.dim() < 4 else 0.02)
-        for name, buffer in theirs.named_buffers():
-            if "running_var" in name or name.endswith("normalization.weight"):
-                buffer.uniform_(0.6, 1.2)
+    )
+    with_random_weights(theirs)
     ours = build_model(SMALL).double()
     load_official(ours, published_names("detr", theirs.state_dict()))
-
-    images = torch.randn(2, 3, 96, 128, dtype=torch.float64)
-    padding = torch.zeros(2, 96, 128, dtype=torch.bool)
-    padding[1, 60:], padding[1, :, 90:] = True, True
-    images[1] *= ~padding[1]
-    found = ours.train()(images, padding)
-    expected = theirs.train()(pixel_values=images, pixel_mask=(~padding).long())
-    # Places of cells are float32 here, as the published model has them, and float64 there.
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(found["pred_logits"], expected.logits, **close)
-    torch.testing.assert_close(found["pred_boxes"], expected.pred_boxes, **close)
-
-    (found["pred_boxes"].square().sum() + found["pred_logits"].sin().sum()).backward()
-    (expected.pred_boxes.square().sum() + expected.logits.sin().sum()).backward()
-    gradients = published_names("detr", {n: p.grad for n, p in theirs.named_parameters()})
+    _, _, gradients = assert_same_outputs(ours, theirs)
+    gradients = published_names("detr", gradients)
     for module, name, rows in (
         (ours.encoder[0].attention.query_key_proj, "encoder.layers.0.self_attn.in_proj_", 128),
         (
@@ -91,9 +75,7 @@ def test_outputs_and_gradients(published_names: Callable) -> None:
         (ours.heads.norm, "decoder.norm.", 64),
     ):
         wanted = gradients[f"transformer.{name}weight"][:rows]
-        assert wanted.abs().max() > 0, name
-        error = (module.weight.grad - wanted).abs().max() / wanted.abs().max()
-        assert error < 1e-4, name
+        assert_close_gradient(module.weight.grad, wanted, name)
 
 
 def test_cross_attention_is_pytorchs() -> None:

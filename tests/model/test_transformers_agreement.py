@@ -10,6 +10,12 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection,
 from model.config import ModelConfig
 from model.detr import build_model
 from model.weights import load_official
+from tests.model.beside_transformers import (
+    CLOSE,
+    assert_close_gradient,
+    assert_same_outputs,
+    with_random_weights,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,52 +56,23 @@ def test_outputs_and_gradients(changes: dict[str, Any], published_names: Callabl
             tie_word_embeddings=not config.refines,
             attn_implementation="eager",
         )
-    ).double()
+    )
     if config.refines:
         theirs.model.decoder.bbox_embed = theirs.bbox_embed
     if config.two_stage:
         theirs.model.decoder.class_embed = theirs.class_embed
-    theirs.requires_grad_(True)
     torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "backbone" not in name:
-                scale = 0.3 if name.endswith("bias") else 1.5 * parameter.shape[-1] ** -0.5
-                parameter.normal_(0, scale if parameter.dim() < 4 else 0.02)
-        for name, buffer in theirs.named_buffers():
-            if "running_var" in name or name.endswith("normalization.weight"):
-                buffer.uniform_(0.6, 1.2)
+    with_random_weights(theirs)
     ours = build_model(config).double()
     load_official(ours, published_names("deformable_detr", theirs.state_dict()))
-
-    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
-    padding[1, 45:], padding[1, :, 71:] = True, True
-    images[1] *= ~padding[1]
-    found = ours.train()(images, padding)
-    expected = theirs.train()(pixel_values=images, pixel_mask=(~padding).long())
-
-    # We compute the places of cells in float32 as the published model does, transformers in
-    # float64: hence not 1e-9.
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(found["pred_logits"], expected.logits, **close)
-    torch.testing.assert_close(found["pred_boxes"], expected.pred_boxes, **close)
+    found, expected, gradients = assert_same_outputs(ours, theirs)
     if config.two_stage:
         first = found["enc_outputs"]
-        torch.testing.assert_close(first["pred_logits"], expected.enc_outputs_class, **close)
+        torch.testing.assert_close(first["pred_logits"], expected.enc_outputs_class, **CLOSE)
         torch.testing.assert_close(
-            first["pred_boxes"], expected.enc_outputs_coord_logits.sigmoid(), **close
+            first["pred_boxes"], expected.enc_outputs_coord_logits.sigmoid(), **CLOSE
         )
-
-    (found["pred_boxes"].square().sum() + found["pred_logits"].sin().sum()).backward()
-    (expected.pred_boxes.square().sum() + expected.logits.sin().sum()).backward()
-    gradients = published_names(
-        "deformable_detr",
-        {
-            name: p.grad if p.grad is not None else torch.zeros_like(p)
-            for name, p in theirs.named_parameters(remove_duplicate=False)
-        },
-    )
+    gradients = published_names("deformable_detr", gradients)
     checked = [
         (
             ours.encoder[0].attention.sampling_offsets,
@@ -115,6 +92,4 @@ def test_outputs_and_gradients(changes: dict[str, Any], published_names: Callabl
         wanted = gradients[f"{name}.weight"]
         if name.startswith("bbox_embed") and ours.heads.shared:
             wanted = gradients["bbox_embed.0.layers.2.weight"]
-        assert wanted.abs().max() > 0, name
-        error = (module.weight.grad - wanted).abs().max() / wanted.abs().max()
-        assert error < 1e-4, name
+        assert_close_gradient(module.weight.grad, wanted, name)

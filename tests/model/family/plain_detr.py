@@ -2,6 +2,7 @@
 names: what the methods that change the decoder alone are held against."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,22 @@ def sines(x: Tensor, count: int) -> Tensor:
         angle = x * (2 * math.pi) / frequency
         features.append(angle.cos() if index % 2 else angle.sin())
     return torch.stack(features, dim=-1)
+
+
+def assert_same_layers(
+    outputs: dict[str, Any], expected: list[tuple[Tensor, Tensor]], tolerance: float = 1e-11
+) -> tuple[Tensor, Tensor]:
+    """Logits and boxes of every decoder layer. Gives a loss of what was found, and of `expected`,
+    through which each parameter has a gradient."""
+    layers = [*outputs["aux_outputs"], outputs]
+    close = {"rtol": tolerance, "atol": tolerance}
+    ours = theirs = torch.zeros((), dtype=torch.float64)
+    for found, (logits, boxes) in zip(layers, expected, strict=True):
+        torch.testing.assert_close(found["pred_logits"], logits, **close)
+        torch.testing.assert_close(found["pred_boxes"], boxes, **close)
+        ours = ours + found["pred_boxes"].square().sum() + found["pred_logits"].sin().sum()
+        theirs = theirs + boxes.square().sum() + logits.sin().sum()
+    return ours, theirs
 
 
 def assert_same_gradients(model: nn.Module, found: Tensor, expected: Tensor) -> None:

@@ -25,9 +25,11 @@ from model.parts import Memory
 from model.postprocess import postprocess
 from model.weights import load_official
 from pipeline.recipes import recipe
+from tests.model.beside_transformers import assert_same_outputs, with_random_weights
 from tests.model.family.plain_detr import (
     State,
     assert_same_gradients,
+    assert_same_layers,
     attend,
     dot_products,
     encode,
@@ -104,15 +106,8 @@ def test_outputs_and_gradients_are_those_of_plain_loops(config: ModelConfig, bat
     images = images.double()
     outputs = model(images, padding)
     expected = plainly(model, published(model), images, padding)
-    found = [*outputs["aux_outputs"], outputs]
-    assert len(found) == len(expected) == 3
-    ours = theirs = torch.zeros((), dtype=torch.float64)
-    for layer, (logits, boxes) in zip(found, expected, strict=True):
-        torch.testing.assert_close(layer["pred_logits"], logits, rtol=1e-11, atol=1e-11)
-        torch.testing.assert_close(layer["pred_boxes"], boxes, rtol=1e-11, atol=1e-11)
-        ours = ours + layer["pred_boxes"].square().sum() + layer["pred_logits"].sin().sum()
-        theirs = theirs + boxes.square().sum() + logits.sin().sum()
-    assert_same_gradients(model, ours, theirs)
+    assert len(expected) == 3
+    assert_same_gradients(model, *assert_same_layers(outputs, expected))
 
 
 def test_names_and_shapes_of_the_published_checkpoint() -> None:
@@ -194,16 +189,8 @@ def test_outputs_and_gradients_are_those_of_transformers(published_names: Callab
             auxiliary_loss=False,
             attn_implementation="eager",
         )
-    ).double()
-    theirs.requires_grad_(True)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "backbone" not in name:
-                scale = 0.3 if name.endswith("bias") else 1.5 * parameter.shape[-1] ** -0.5
-                parameter.normal_(0, scale if parameter.dim() < 4 else 0.02)
-        for name, buffer in theirs.named_buffers():
-            if "running_var" in name or name.endswith("normalization.weight"):
-                buffer.uniform_(0.6, 1.2)
+    )
+    with_random_weights(theirs)
     config = ModelConfig(
         **CHANGES,
         num_classes=7,
@@ -218,20 +205,8 @@ def test_outputs_and_gradients_are_those_of_transformers(published_names: Callab
     ours = build_model(config).double()
     load_official(ours, renamed(published_names("detr", theirs.state_dict())))
 
-    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
-    padding[1, 45:], padding[1, :, 71:] = True, True
-    images[1] *= ~padding[1]
-    found = ours.train()(images, padding)
-    expected = theirs.train()(pixel_values=images, pixel_mask=(~padding).long())
-    # Places of cells are float32 here, as the published model has them, and float64 there.
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(found["pred_logits"], expected.logits, **close)
-    torch.testing.assert_close(found["pred_boxes"], expected.pred_boxes, **close)
-
-    (found["pred_boxes"].square().sum() + found["pred_logits"].sin().sum()).backward()
-    (expected.pred_boxes.square().sum() + expected.logits.sin().sum()).backward()
-    gradients = renamed(published_names("detr", {n: p.grad for n, p in theirs.named_parameters()}))
+    _, _, theirs_gradients = assert_same_outputs(ours, theirs)
+    gradients = renamed(published_names("detr", theirs_gradients))
     trained = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
     largest = max(float(x.abs().max()) for x in gradients.values())
     for name, found_gradient in published(ours, trained).items():

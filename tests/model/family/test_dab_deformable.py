@@ -22,7 +22,7 @@ from tests.model.family.plain_dab import (
     random,
     sine,
 )
-from tests.model.family.plain_detr import State, linear, mlp, norm
+from tests.model.family.plain_detr import State, assert_same_layers, linear, mlp, norm
 
 WIDTH, HEADS, LEVELS, POINTS, CLASSES, QUERIES, LAYERS = 32, 4, 4, 2, 7, 5, 3
 CONFIG = ModelConfig(
@@ -170,13 +170,7 @@ def test_outputs_and_gradients_are_those_of_a_plain_one() -> None:
     with torch.no_grad():  # of an encoder that Deformable DETR's tests look at
         memory = model.encode(IMAGES, PADDING)
     expected = plain_decoder(state, memory)
-    loss = expected_loss = torch.zeros((), dtype=torch.float64)
-    layers = [*outputs["aux_outputs"], outputs]
-    for found, (logits, boxes) in zip(layers, expected, strict=True):
-        torch.testing.assert_close(found["pred_logits"], logits, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(found["pred_boxes"], boxes, rtol=1e-9, atol=1e-9)
-        loss = loss + found["pred_logits"].sin().sum() + found["pred_boxes"].square().sum()
-        expected_loss = expected_loss + logits.sin().sum() + boxes.square().sum()
+    loss, expected_loss = assert_same_layers(outputs, expected, 1e-9)
     loss.backward()
     expected_loss.backward()
     for stack in (model.encoder, model.neck):

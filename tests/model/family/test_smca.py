@@ -17,6 +17,7 @@ from pipeline.recipes import recipe
 from tests.model.family.plain_detr import (
     State,
     assert_same_gradients,
+    assert_same_layers,
     attend,
     dot_products,
     encode,
@@ -110,16 +111,9 @@ def test_outputs_and_gradients_are_those_of_plain_loops(
     images = images.double()
     outputs = model(images, padding)
     expected = plainly(model, published(model), images, padding)
-    found = [*outputs["aux_outputs"], outputs]
-    assert len(found) == len(expected) == 3
-    ours = theirs = torch.zeros((), dtype=torch.float64)
-    for layer, (logits, boxes) in zip(found, expected, strict=True):
-        assert logits.shape[-1] == 6  # five classes and no object
-        torch.testing.assert_close(layer["pred_logits"], logits, rtol=1e-11, atol=1e-11)
-        torch.testing.assert_close(layer["pred_boxes"], boxes, rtol=1e-11, atol=1e-11)
-        ours = ours + layer["pred_boxes"].square().sum() + layer["pred_logits"].sin().sum()
-        theirs = theirs + boxes.square().sum() + logits.sin().sum()
-    assert_same_gradients(model, ours, theirs)
+    assert len(expected) == 3
+    assert outputs["pred_logits"].shape[-1] == 6  # five classes and no object
+    assert_same_gradients(model, *assert_same_layers(outputs, expected))
 
 
 def test_names_and_shapes_of_the_published_checkpoint() -> None:
