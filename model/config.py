@@ -76,17 +76,21 @@ class ModelConfig:
     two_stage: bool = False
     """Queries come from the best-scoring encoder tokens (A.4). Implies refinement."""
     mixed_query_selection: bool = False
-    """In two-stage, contents are learned, not taken from the proposals (DINO, section 3.4)."""
+    """In two-stage, contents are learned, not taken from the proposals (DINO, section 3.4:
+    +0.5 AP in 12 epochs)."""
     look_forward_twice: bool = False
-    """With refinement, a layer's boxes train the layer before, too (DINO, section 3.5)."""
+    """With refinement, a layer's boxes train the layer before, too (DINO, section 3.5: +0.4 AP
+    in 12 epochs)."""
     denoising_pairs: int = 0
     """In training, queries of noised ground truth, a positive and a negative one of each box, this
-    many pairs for the image with the most boxes (DINO, section 3.3: 100). 0: none."""
+    many pairs for the image with the most boxes (DINO, section 3.3: 100, +0.5 AP in 12 epochs). 0:
+    none."""
     proposal_scale: float = 0.05
     """Side of a first-stage proposal on the finest level, relative to the image."""
     one_to_many_queries: int = 0
     """So many of the next best proposals are queries in training, too, several of which find the
-    same object (hybrid matching, `model/family/one_to_many.py`: 1500, +1.7 AP). 0: none."""
+    same object (hybrid matching, `model/family/one_to_many.py`: 1500, +1.7 AP in 12
+    epochs). 0: none."""
     one_to_many_repeats: int = 6
     """Of these queries, how many are matched to each object."""
     anchor_cells: int = 8
