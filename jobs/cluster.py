@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -34,9 +35,18 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+class LocalCluster(NamedTuple):
+    """Where a head node of this machine is reached."""
+
+    jobs: str
+    """Address of its Ray Jobs API, http://127.0.0.1:PORT."""
+    head: str
+    """Address to join it by `ray.init`, 127.0.0.1:PORT."""
+
+
 @contextmanager
-def local_cluster() -> Iterator[str]:
-    """Starts a head node on loopback, yields its Ray Jobs address, and stops all it started.
+def local_cluster() -> Iterator[LocalCluster]:
+    """Starts a head node on loopback, yields its addresses, and stops all it started.
 
     Every port of Ray's is bound to loopback. Access also needs a random token, set in this
     process's environment: other users of the machine reach loopback, too. The head ends when this
@@ -49,15 +59,15 @@ def local_cluster() -> Iterator[str]:
             # A short path: Ray's sockets lie below it, and a socket's path may have 107 characters.
             folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            head, address = _start(folder)
+            head, cluster = _start(folder)
             stack.callback(_stop, head)
-            if _is_up(address, head, folder, last=left == 0):
-                yield address
+            if _is_up(cluster.jobs, head, folder, last=left == 0):
+                yield cluster
                 return
 
 
-def _start(folder: Path) -> tuple[subprocess.Popen, str]:
-    """The process of a head node with its files in `folder`, and the address of its Jobs API."""
+def _start(folder: Path) -> tuple[subprocess.Popen, LocalCluster]:
+    """The process of a head node with its files in `folder`, and its addresses."""
     environment = dict(
         os.environ,
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -84,7 +94,7 @@ def _start(folder: Path) -> tuple[subprocess.Popen, str]:
             stdin=subprocess.DEVNULL, start_new_session=True,
             preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )  # fmt: skip
-    return head, f"http://127.0.0.1:{dashboard}"
+    return head, LocalCluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}")
 
 
 def _free_ports(count: int) -> list[int]:

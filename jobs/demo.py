@@ -56,10 +56,10 @@ def demo(options: DemoOptions) -> None:
         code_digest=code.digest,
     )
     step("starting a local Ray")
-    with local_cluster() as address:
-        client = connect(address)
+    with local_cluster() as cluster:
+        client = connect(cluster.jobs)
         job_id = submit(client, spec, f"demo-{folder.name}")
-        step(f"submitted job {job_id} to {address}")
+        step(f"submitted job {job_id} to {cluster.jobs}")
         finish(client, job_id, stop_on_interrupt=True)
         step("stopping Ray")
     step(f"done in {time.monotonic() - started:.0f} s")

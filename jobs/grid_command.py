@@ -128,7 +128,7 @@ def train(
         # What the others are held against has to be there in time.
         todo.sort(key=lambda entry: entry.cell != grid.reference)
         if todo:
-            address = options.address or stack.enter_context(local_cluster())
+            address = options.address or stack.enter_context(local_cluster()).jobs
             # Brings Ray, which reads once, at import, the token that a local cluster has set.
             from jobs.grid_run import GridRunner, Submission
 

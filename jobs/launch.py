@@ -17,7 +17,7 @@ def launch(spec: JobSpec, address: str, wait: bool) -> None:
     """Submits the job, and follows it where it is to be waited for. Without an address it runs on a
     local Ray, which lasts as long. Raises `UserError` where it does not succeed."""
     with ExitStack() as stack:
-        cluster = address or stack.enter_context(local_cluster())
+        cluster = address or stack.enter_context(local_cluster()).jobs
         client = connect(cluster)
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(spec.folder).name)
         job_id = submit(client, spec, name)

@@ -88,11 +88,11 @@ def run_serve(args: list[str]) -> None:
         print("starting Ray Serve", flush=True)
         for name, value in RAY.items():
             os.environ.setdefault(name, value)
-        with local_cluster():
+        with local_cluster() as cluster:
             # Ray reads the above, and the cluster's token, as it is imported.
             from jobs.serve_replicas import deployed
 
-            with deployed(options, model) as replicas:
+            with deployed(options, model, cluster.head) as replicas:
                 answer(options, door, model, replicas)
                 print("stopping", flush=True)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -62,9 +61,10 @@ def _running() -> bool:
 
 
 @contextmanager
-def deployed(options: "ServeOptions", model: dict[str, Any]) -> Iterator[Replicas]:
-    """Deploys the replicas on this process's cluster, waits until they have loaded the model, and
-    lets go of the cluster in the end, which takes them down. Raises `UserError` where they fail."""
+def deployed(options: "ServeOptions", model: dict[str, Any], head: str) -> Iterator[Replicas]:
+    """Deploys the replicas on the cluster of the node at `head`, waits until they have loaded the
+    model, and lets go of the cluster in the end, which takes them down. Raises `UserError` where
+    they fail."""
     on_gpu = model["device"] == "cuda"
     cpus = max(1, available_cpus() // options.replicas)
     settings = Settings(
@@ -89,7 +89,7 @@ def deployed(options: "ServeOptions", model: dict[str, Any]) -> Iterator[Replica
     ).bind(settings)
     at_term = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=_head_address(), namespace=APPLICATION, logging_level="ERROR")
+        ray.init(address=head, namespace=APPLICATION, logging_level="ERROR")
         signal.signal(signal.SIGTERM, at_term)  # Ray sets its own
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config=QUIET)
@@ -101,12 +101,3 @@ def deployed(options: "ServeOptions", model: dict[str, Any]) -> Iterator[Replica
         yield Replicas(handle)
     finally:
         ray.shutdown()
-
-
-def _head_address() -> str:
-    """Of the head node that `local_cluster` started, below this process."""
-    for child in psutil.Process().children():
-        for word in child.cmdline():
-            if word.startswith("--port="):
-                return f"127.0.0.1:{word.removeprefix('--port=')}"
-    raise RuntimeError("no head node was started by this process")

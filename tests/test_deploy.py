@@ -447,7 +447,7 @@ def test_the_entrypoint_of_the_ray_job_trains_from_inside_its_cluster(drawn, tmp
     at = words.index("--init.backbone")
     del words[at : at + 2]
     small = ("--schedule.epochs", "1", "--engine.device", "cpu", "--no-register")
-    with local_cluster() as address:
+    with local_cluster() as (address, _):
         here = {
             "/opt/deformable-detr": str(ROOT), "deformable_detr_r50": "demo", "4": "2", "8": "1",
             "http://127.0.0.1:8265": address, "/shared/runs/r50": str(tmp_path / "runs/r50"),

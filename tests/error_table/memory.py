@@ -96,9 +96,11 @@ def a_ray_with(log: Callable[[], str]) -> Callable[[], None]:
 
     def prepare() -> None:
         import jobs.launch
+        from jobs.cluster import LocalCluster
 
         client = Client(log())
-        jobs.launch.local_cluster = lambda: nullcontext("http://127.0.0.1:8265")  # type: ignore
+        cluster = LocalCluster(jobs="http://127.0.0.1:8265", head="")
+        jobs.launch.local_cluster = lambda: nullcontext(cluster)  # type: ignore
         jobs.launch.connect = lambda _: client
 
     return prepare

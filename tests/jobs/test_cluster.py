@@ -37,7 +37,7 @@ def starts(monkeypatch):
                     [sys.executable, "-c", program, str(port)], stdout=log,
                     stderr=subprocess.DEVNULL, cwd=folder,
                 )  # fmt: skip
-            return head, f"http://127.0.0.1:{port}"
+            return head, cluster.LocalCluster(f"http://127.0.0.1:{port}", "")
 
         monkeypatch.setattr(cluster, "_start", start)
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # to be put back
@@ -49,7 +49,7 @@ def starts(monkeypatch):
 
 def test_one_that_gives_up_is_started_again(starts):
     folders = starts([GIVES_UP, GIVES_UP, COMES_UP])
-    with cluster.local_cluster() as address:
+    with cluster.local_cluster() as (address, _):
         assert urllib.request.urlopen(f"{address}/api/version").status == 200
         assert [folder.exists() for folder in folders] == [False, False, True]
     assert not folders[-1].exists()

@@ -67,8 +67,8 @@ def cluster(monkeypatch):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     # Beside other tests memory may be short, and Ray would kill workers that are to succeed.
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
-    with local_cluster() as address:
-        yield address
+    with local_cluster() as started:
+        yield started.jobs
 
 
 FOUR = """

@@ -36,8 +36,8 @@ def cluster():
         with suppress(OSError):  # taken already: as good
             other.bind(("", 52365))  # where the agent of another user's cluster listens
             other.listen()
-        with local_cluster() as address:
-            yield address
+        with local_cluster() as started:
+            yield started.jobs
     for key, value in before.items():
         if value is None:
             os.environ.pop(key, None)
