@@ -158,8 +158,12 @@ def _one_line(panel: str, known: list[str]) -> str:
     first = " ".join(line for line in lines if not line.startswith("--")) or panel.strip()
     if first.startswith("Unrecognized"):
         given = first.split(": ", 1)[1].split(", ")[0].split("=")[0]
-        nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
+        # Other trainers write --lr where ours is --optimizer.lr, which no likeness of letters finds.
+        section = [option for option in known if option.endswith(f".{given.lstrip('-')}")]
+        nearest = section or difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists the options"
+        if given in ("True", "False"):
+            hint = "a switch takes no value: --model.two-stage, or --model.no-two-stage"
         return f"unknown option {given}: {hint}"
     if first.startswith("Missing"):
         return f"{lines[0]} {', '.join(line for line in lines if line.startswith('--'))}"

@@ -43,7 +43,9 @@ def look_inside(
             "finds"
         )
     if architecture != "deformable_detr":
-        tell(f"{architecture} has no deformable attention: no sampling points are drawn (Figure 6)")
+        tell(
+            f"sampling points (Figure 6) are drawn of deformable_detr alone, none of {architecture}"
+        )
     saved: list[Path] = []
     best = 0.0
     for index in indices:

@@ -306,7 +306,8 @@ def recipe(name: str) -> RunConfig:
     base = name.removesuffix(DEMO_SCALE)
     if base != name and base in RECIPES and base != "demo":
         return at_demo_scale(RECIPES[base]())
-    nearest = difflib.get_close_matches(base, RECIPES, n=1, cutoff=0.4)
+    method = [known for known in RECIPES if known.startswith(f"{base}_")][:1]
+    nearest = method or difflib.get_close_matches(base, RECIPES, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0] + name[len(base) :]!r}? " if nearest else ""
     raise UserError(
         f"unknown recipe {name!r}: {hint}expected one of {', '.join(RECIPES)}, "

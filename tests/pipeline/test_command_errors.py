@@ -23,6 +23,9 @@ def check_one_line(stdout: str, stderr: str, words: list[str]) -> None:
     [
         (["train", "dmo"], ["unknown recipe 'dmo'", "'demo'"]),
         (["train", "demo", "--output", "x", "--optimizer.lrr", "1"], ["--optimizer.lr"]),
+        (["train", "demo", "--output", "x", "--lr", "1"], ["did you mean --optimizer.lr?"]),
+        (["train", "demo", "--output", "x", "--model.two-stage", "True"], ["takes no value"]),
+        (["train", "dino"], ["did you mean 'dino_r50_4scale'"]),
         (["train", "demo", "--output", "x"], ["--data.train"]),
         (
             ["train", "demo", "--output", "x", "--data.train", "tests", "--data.val", "tests"],
