@@ -158,7 +158,7 @@ def _one_line(panel: str, known: list[str]) -> str:
     first = " ".join(line for line in lines if not line.startswith("--")) or panel.strip()
     if first.startswith("Unrecognized"):
         given = first.split(": ", 1)[1].split(", ")[0].split("=")[0]
-        # Other trainers write --lr where ours is --optimizer.lr, which no likeness of letters finds.
+        # Others write --lr for our --optimizer.lr, which no likeness of letters finds.
         section = [option for option in known if option.endswith(f".{given.lstrip('-')}")]
         nearest = section or difflib.get_close_matches(given, known, n=1, cutoff=0.5)
         hint = f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists the options"
