@@ -27,6 +27,11 @@ AT_LEAST_ONE = (
     "one_to_many_repeats",
 )
 AT_LEAST_ZERO = ("one_to_many_queries", "num_patterns", "denoising_groups", "denoising_pairs")
+OWNED = {
+    "num_points": ("deformable_detr", "dab_deformable_detr", "sam_multiscale_detr", "dino"),
+    "dynamic_scale": ("smca_detr",),
+}
+"""Fields that no other detector reads: changed there they would be an ablation of nothing."""
 CLASSIFICATIONS = {
     "detr": ("focal", "softmax"),
     "smca_detr": ("focal_no_object",),
@@ -38,6 +43,7 @@ CLASSIFICATIONS = {
 def check(config: "ModelConfig") -> None:
     """Raises `ValueError` for a configuration that no detector can be built from."""
     _check_values(config)
+    _check_owned(config)
     _check_levels_and_stages(config)
     _check_classification(config)
     _check_faster_rcnn(config)
@@ -75,6 +81,16 @@ def _check_values(config: "ModelConfig") -> None:
         for kind in ("weight", "cost"):
             value = getattr(config, f"{term}_{kind}")
             _require(config, f"{term}_{kind}", 0 <= value < math.inf, "a finite number >= 0")
+
+
+def _check_owned(config: "ModelConfig") -> None:
+    for name, owners in OWNED.items():
+        default = getattr(type(config), name)
+        if config.architecture not in owners and getattr(config, name) != default:
+            raise ValueError(
+                f"{name}: got {getattr(config, name)!r} with {config.architecture}, expected "
+                f"{default!r}: it is a part of {', '.join(owners)}"
+            )
 
 
 def _check_levels_and_stages(config: "ModelConfig") -> None:

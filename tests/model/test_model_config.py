@@ -26,6 +26,11 @@ def test_two_stage_implies_refinement() -> None:
     [
         ({"num_classes": 0}, "num_classes: got 0, expected at least 1"),
         ({"num_queries": -3}, "num_queries: got -3"),
+        (
+            {"architecture": "conditional_detr", "num_levels": 1, "num_points": 8},
+            "num_points: got 8 with conditional_detr, expected 4: it is a part of deformable_detr",
+        ),
+        ({"dynamic_scale": "type1"}, "dynamic_scale: got 'type1' with deformable_detr"),
         ({"neck": "pan"}, "neck: got 'pan', expected one of plain, fpn, bifpn"),
         ({"num_levels": 1, "neck": "fpn"}, "got fpn, True with num_levels=1"),
         ({"num_levels": 1, "level_exchange": False}, "got plain, False with num_levels=1"),
