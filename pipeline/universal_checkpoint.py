@@ -45,8 +45,8 @@ def write_universal(checkpoint: Path, output: Path) -> Progress:
     folder = _folder(checkpoint, content)
     if problem := check(folder):
         raise UserError(
-            f"{folder} is not a whole checkpoint: {problem}; give a run folder, or a step-… folder "
-            f"in its checkpoints/"
+            f"{checkpoint} is not a whole checkpoint: {problem}; give a run folder, or a step-… "
+            f"folder in its checkpoints/"
         )
     progress, training = load_progress(folder), load_training(folder)
     weights = training.get("weights", content["model"])
