@@ -12,11 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.detr import build_model
 from pipeline.__main__ import COMMANDS
 from pipeline.checkpoint_store import Progress, checkpoint_path, write
 from pipeline.cli import main
 from pipeline.errors import UserError
+from pipeline.recipes import recipe
+from pipeline.training_state import MOMENTS
 from pipeline.universal_checkpoint import write_universal
+from tests.markdown_text import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = {"weights": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
@@ -59,6 +63,56 @@ def test_plain_engines_of_every_stage_go_on_from_it(tmp_path):
             assert found["rates_alone"] == found["rates_of_the_start"], where
 
 
+IN_ONE_PROCESS = """
+import torch
+from pipeline.engine import start_process_group
+start_process_group(torch.device("cpu"))
+"""
+WHAT_CAME_OF_IT = """
+from pipeline.training_state import gather
+from pipeline.zero3 import weights_on_host
+torch.save({
+    "moments": gather(engine)["moments"], "weights": weights_on_host(engine.module, True),
+    "counts": [float(state["step"]) for state in engine.optimizer.optimizer.state.values()],
+    "rates": [group["lr"] for group in engine.optimizer.param_groups],
+}, "found.pt")
+"""
+
+
+@pytest.mark.slow
+def test_the_program_of_the_guide_goes_on(tmp_path):
+    """As it is printed, with a detector of ours in stage 3."""
+    config = recipe("demo")
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    weights = model.state_dict()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    moments = {n: {key: torch.rand(weights[n].shape) for key in MOMENTS} for n in trained}
+    state = {"moments": moments, "updates": 1200}
+    make_run(tmp_path / "run", weights, state, step=1200, config=config.to_json())
+    write_universal(tmp_path / "run", tmp_path / "r50-universal")
+    settings = {
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True, "checkpoint": {"load_universal": True},
+    }  # fmt: skip
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    guide = [block.content for block in blocks(ROOT / "docs" / "training.md")]
+    (program,) = [text for text in guide if "engine.load_checkpoint" in text]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ONE_PROCESS + program + WHAT_CAME_OF_IT],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert found["weights"].keys() == weights.keys()
+    assert all(torch.equal(found["weights"][name], value) for name, value in weights.items())
+    for name in trained:
+        assert all(torch.equal(found["moments"][name][key], moments[name][key]) for key in MOMENTS)
+    assert found["counts"] == [1200] * 3
+    assert found["rates"] == pytest.approx([2e-5] * 3)  # after the drop of the guide's schedule
+
+
 # --- what is written ----------------------------------------------------------------------------
 
 STEP, TAG = 250, "global_step250"
@@ -80,11 +134,13 @@ def training(weights: dict[str, Tensor]) -> dict:
     return {"moments": moments, "updates": 240}
 
 
-def make_run(run: Path, weights: dict[str, Tensor], state: dict) -> Path:
-    """Leaves a checkpoint after `STEP` steps and returns where it is."""
+def make_run(
+    run: Path, weights: dict[str, Tensor], state: dict, step: int = STEP, config: str = "{}"
+) -> Path:
+    """Leaves a checkpoint and returns where it is."""
     labels = {"category_of": [1], "names": ["shape"]}
-    progress = Progress(STEP, 2)
-    model = {"model": weights, "config": "{}", "labels": labels, "progress": asdict(progress)}
+    progress = Progress(step, 2)
+    model = {"model": weights, "config": config, "labels": labels, "progress": asdict(progress)}
     return write(run, progress, model, state)
 
 
@@ -138,9 +194,7 @@ def test_with_an_average_the_weights_are_those_that_are_trained(tmp_path):
 
 
 def test_of_a_run_the_best_checkpoint_is_taken(run, tmp_path):
-    progress = Progress(STEP + 1, 2)
-    model = read(checkpoint_path(run, STEP) / "model.pt")
-    write(run, progress, {**model, "progress": asdict(progress)}, training(parameters()))
+    make_run(run, parameters(), training(parameters()), step=STEP + 1)
     (run / "best.json").write_text(json.dumps({"checkpoint": f"step-{STEP:08d}"}))
     assert write_universal(run, tmp_path / "best").step == STEP
     (run / "best.json").unlink()

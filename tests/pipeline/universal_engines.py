@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from engine_states import BATCH, Model, settings, train
@@ -66,6 +65,8 @@ def program(stage: int, folder: Path, module: dict[str, Tensor]) -> tuple[Any, d
     """What a DeepSpeed program has from the folder: its engine, and the client's state.
 
     module: the weights that the program has loaded by itself."""
+    import deepspeed  # here, where `start_process_group` has imported it without MLflow
+
     torch.manual_seed(7)  # others
     model = Model()
     model.load_state_dict(module, strict=False)
