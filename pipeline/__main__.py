@@ -11,6 +11,7 @@ from pipeline.commands.export import run_export
 from pipeline.commands.predict import run_predict
 from pipeline.commands.replay import run_replay
 from pipeline.commands.train import run_train
+from pipeline.commands.universal import run_universal
 from pipeline.commands.visualize import run_visualize
 
 COMMANDS = {
@@ -19,6 +20,7 @@ COMMANDS = {
     "predict": Command(run_predict, "objects in image files: COCO JSON, CSV and pictures"),
     "visualize": Command(run_visualize, "what a checkpoint looks at, in pictures"),
     "export": Command(run_export, "a checkpoint as ONNX, a torch archive, for transformers, …"),
+    "universal": Command(run_universal, "a checkpoint for programs of DeepSpeed's own"),
     "replay": Command(run_replay, "take a step of a run again"),
     "benchmark-step": Command(run_benchmark_step, "time a training step, beside others"),
     "benchmark-data": Command(run_benchmark_data, "time decoding to batching, beside others"),

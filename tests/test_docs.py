@@ -280,6 +280,7 @@ SCENARIO = {
     ("pipeline", "evaluate"): (),
     ("pipeline", "predict"): (),
     ("pipeline", "visualize"): ("--threshold", "0.01"),
+    ("pipeline", "universal"): (),
     ("pipeline", "describe"): (),
     ("pipeline", "recipes"): (),
     ("jobs", "compare"): ("--resamples", "20"),

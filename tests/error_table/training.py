@@ -22,6 +22,7 @@ from tests.ports import free_port
 
 FILE = "python -m pipeline visualize model.pt --data shards/val --output new"
 MODEL = Path("run/checkpoints/step-00000002/model.pt")
+UNIVERSAL = "python -m pipeline universal run --output new"
 CPU = f"{TRAIN} --engine.device cpu --engine.loader-workers 0"
 
 
@@ -206,6 +207,15 @@ CHECKPOINTS = [
             saved(fewer_classes)),
     Mistake("a best.json that was edited", VISUALIZE, ("best.json is damaged", "expected step-"),
             "Give a checkpoint itself.", text("run/best.json", '{"checkpoint": "../../etc"}')),
+    Mistake("a universal checkpoint into a folder that is there", UNIVERSAL.replace("new", "coco"),
+            ("'coco' exists already", "expected a new folder"), "Choose another name.",
+            kept=("coco/annotations",)),
+    Mistake("a universal checkpoint of a model.pt alone", UNIVERSAL.replace("run", "model.pt"),
+            ("not a whole checkpoint", "give a run folder"), "Give the run folder.",
+            saved(lambda c: c)),
+    Mistake("a universal checkpoint of weights alone", UNIVERSAL,
+            ("training.pt does not fit", "no state of an optimizer"),
+            "Give a checkpoint that a training has written."),
     Mistake("weights that are not there", f"{TRAIN} --init.weights none.pth",
             ("'none.pth'", "no such file or folder on this machine"), "Check the path."),
     Mistake("a backbone that is not there", f"{TRAIN} --init.backbone none.pth",
