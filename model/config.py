@@ -41,8 +41,8 @@ class ModelConfig:
     """
 
     architecture: Architecture = "deformable_detr"
-    """`detr` is the baseline with dense attention over one map; fields that speak of levels, points,
-    references or stages do not concern it, nor the others with one map. `faster_rcnn`,
+    """`detr` is the baseline with dense attention over one map; fields that speak of levels,
+    points, references or stages do not concern it, nor the others with one map. `faster_rcnn`,
     torchvision's with an FPN, takes `num_classes` (column 0 is the background), the backbone,
     `hidden_dim` (of the FPN), `feedforward_dim` (of the box head), `anchor_cells` and
     `sampled_proposals` alone."""
