@@ -80,8 +80,9 @@ class ProgressPrinter(threading.Thread):
     def evaluation(self, line: dict[str, Any]) -> str:
         mark = " (best)" if line["AP"] > self.best else ""
         self.best = max(self.best, line["AP"])
-        return (
-            f"epoch {line['epoch']:.0f}/{self.epochs}: AP {line['AP']:.3f}{mark}  "
-            f"AP50 {line['AP50']:.3f}  AP75 {line['AP75']:.3f}  "
-            f"small {line['AP_S']:.3f}  medium {line['AP_M']:.3f}  large {line['AP_L']:.3f}"
+        shown = {"AP50": "AP50", "AP75": "AP75", "small": "AP_S", "medium": "AP_M", "large": "AP_L"}
+        # -1 is COCO's for what has no object in the data.
+        others = [f"{k} " + ("n/a" if line[v] < 0 else f"{line[v]:.3f}") for k, v in shown.items()]
+        return "  ".join(
+            [f"epoch {line['epoch']:.0f}/{self.epochs}: AP {line['AP']:.3f}{mark}", *others]
         )

@@ -1,5 +1,6 @@
 """`python -m pipeline describe` and `recipes`."""
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def run_recipes(args: list[str]) -> None:
     if args and args[0] not in ("-h", "--help"):
         raise UserError(f"python -m pipeline recipes takes no options, got {args}")
     for name, function in RECIPES.items():
-        print(f"{name}\n    {(function.__doc__ or '').strip().splitlines()[0]}")
+        about = (function.__doc__ or "").split("\n\n")[0]
+        print(name, *textwrap.wrap(" ".join(about.split()), 92), sep="\n    ")
     print(
         f"NAME{DEMO_SCALE}\n    Any of these at demo scale: small, from scratch, minutes on a CPU."
     )

@@ -71,6 +71,8 @@ def run_predict(args: list[str]) -> None:
         f"saved {options.output}: {output.objects} objects in {len(output.images)} images, "
         f"{speed:.3g} images/s"
     )
+    if not output.objects:
+        print(f"nothing has a score of {options.threshold:g}: a lower --threshold shows more")
     if output.left_out:
         raise UserError(
             f"{output.left_out} of {len(files)} images cannot be read and are left out; "
