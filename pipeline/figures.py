@@ -76,20 +76,23 @@ def draw_sampling_points(
     decoder: Sequence[Points],
 ) -> Figure:
     """Figure 6, a column for each object: (a) what a token of the encoder samples, (b) what the
-    object's query samples in the decoder. image [H, W, 3]; names: of the objects' classes.
+    object's query samples in the decoder. image [H, W, 3]; names: of the objects' classes. One of
+    encoder and decoder may be empty, which leaves out its row.
 
     Points outside the image, where there is nothing to sample, are left out.
     """
-    figure, axes, bar = _panels(image, 2, len(objects), side=3.0)
+    both = {"(a) encoder": encoder, "(b) decoder": decoder}
+    rows = {title: sampled for title, sampled in both.items() if sampled}
+    figure, axes, bar = _panels(image, len(rows), len(objects), side=3.0)
     scale = Normalize(0, max(float(points.weights.max()) for points in (*encoder, *decoder)))
     faded = _faded(image)
-    for column, found, name, *sampled in zip(axes.T, objects, names, encoder, decoder, strict=True):
-        _mark_box(column[1], found, name)
-        for axis, points in zip(column, sampled, strict=True):
+    for axis, found, name in zip(axes[-1], objects, names, strict=True):
+        _mark_box(axis, found, name)
+    for row, (title, sampled) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(title, fontsize=11)
+        for axis, points in zip(row, sampled, strict=True):
             _show(axis, faded)
             _mark_points(axis, points, scale)
-    for axis, title in zip(axes[:, 0], ("(a) encoder", "(b) decoder"), strict=True):
-        axis.set_ylabel(title, fontsize=11)
     figure.colorbar(ScalarMappable(scale, WEIGHTS), cax=bar)
     bar.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     bar.tick_params(labelsize=8)

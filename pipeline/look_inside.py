@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.figures import Picture, Points, draw_pixel_gradients, draw_sampling_points
 from pipeline.pixel_gradients import differentiable_outputs, gradient_norms
 from pipeline.predict import Detector
-from pipeline.sampling_points import Sampling, sampling_recorded
+from pipeline.sampling_points import Sampling, deformable_attention_of, sampling_recorded
 from pipeline.visualize import draw_images
 
 
@@ -30,21 +30,24 @@ def look_inside(
 ) -> list[Path]:
     """Saves pictures of the images at `indices` in the folder `output`, and returns their paths.
 
-    `pixel_gradients_ID.png` (Figure 5) and `sampling_points_ID.png` (Figure 6) show the at most
-    `objects` best of an image, `predictions.png` all that score `threshold` or more beside the
-    ground truth. `tell` hears of each file, and of what is left out. Raises `UserError` for a
-    model without queries, and where no image has an object of such a score.
+    `pixel_gradients_ID.png` (Figure 5) and `sampling_points_ID.png` (Figure 6, of encoder and
+    decoder with deformable attention) show the at most `objects` best of an image,
+    `predictions.png` all that score `threshold` or more beside the ground truth. `tell` hears of
+    each file, and of what is left out. Raises `UserError` for a model without queries, and where
+    no image has an object of such a score.
     """
     architecture = detector.config.model.architecture
     if architecture == "faster_rcnn":
         raise UserError(
-            "visualize: got a checkpoint of faster_rcnn, expected deformable_detr or detr, whose "
-            "queries are looked into; python -m pipeline predict CHECKPOINT IMAGES… draws what it "
-            "finds"
+            "visualize: got a checkpoint of faster_rcnn, expected a detector by queries, which are "
+            "looked into; python -m pipeline predict CHECKPOINT IMAGES… draws what it finds"
         )
-    if architecture != "deformable_detr":
+    attention = zip(("encoder", "decoder"), deformable_attention_of(detector.model), strict=True)
+    lacking = [part for part, found in attention if found is None]
+    if lacking:
         tell(
-            f"sampling points (Figure 6) are drawn of deformable_detr alone, none of {architecture}"
+            f"no sampling points (Figure 6) of the {' and the '.join(lacking)}: {architecture} "
+            "has no deformable attention there"
         )
     saved: list[Path] = []
     best = 0.0
@@ -90,9 +93,9 @@ def _draw(
     norms = [gradient_norms(outputs, images, one.query, one.column) for one in found]
     gradients = torch.stack(norms).cpu().numpy()
     figures = {"pixel_gradients": draw_pixel_gradients(picture, found, names, gradients)}
-    if encoder:
-        tokens = [_points(encoder[0], _token_at(encoder[0], one)) for one in found]
-        queries = [_points(decoder[0], one.query) for one in found]
+    if encoder or decoder:
+        tokens = [_points(call, _token_at(call, one)) for call in encoder[:1] for one in found]
+        queries = [_points(call, one.query) for call in decoder for one in found]
         figures["sampling_points"] = draw_sampling_points(picture, found, names, tokens, queries)
     return figures, best
 

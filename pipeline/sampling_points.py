@@ -4,7 +4,7 @@ N images, Q queries, S tokens, M heads, L levels, K points, C model width.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from cuda_ops.reference import sampling_locations
 from model.attention import DeformableAttention
-from model.deformable_detr import DeformableDETR
 from model.geometry import valid_ratios, valid_sizes
 from model.precision import full_precision, without_autocast
 
@@ -43,24 +42,39 @@ class Sampling:
         return self.references[:, :, 0, :2] / self.ratios[:, None, 0]
 
 
+def deformable_attention_of(
+    model: nn.Module,
+) -> tuple[DeformableAttention | None, DeformableAttention | None]:
+    """That of the last encoder layer, and of the last decoder layer; None where a detector by
+    queries attends otherwise."""
+    encoder, decoder = (_last_in(model.get_submodule(part)) for part in ("encoder", "decoder"))
+    return encoder, decoder
+
+
+def _last_in(layers: nn.Module) -> DeformableAttention | None:
+    inside = [module for module in layers.modules() if isinstance(module, DeformableAttention)]
+    return inside[-1] if inside else None
+
+
 @contextmanager
 def sampling_recorded(model: nn.Module) -> Iterator[tuple[list[Sampling], list[Sampling]]]:
-    """While the context lasts, notes the calls of the last layer of encoder and decoder.
+    """While the context lasts, notes the calls of `deformable_attention_of` a detector by queries:
+    the encoder's, and the decoder's.
 
     A forward pass gives one call each; an encoder whose tokens attend to their own level alone
-    gives one a level, the finest first; a model without deformable attention none.
+    gives one a level, the finest first; an encoder or decoder without deformable attention none.
     """
-    if not isinstance(model, DeformableDETR):
-        yield [], []
-        return
-    encoder, decoder = model.encoder[-1].attention, model.decoder[-1].cross_attention
-    with ExitStack() as stack:
-        yield stack.enter_context(_recorded(encoder)), stack.enter_context(_recorded(decoder))
+    encoder, decoder = deformable_attention_of(model)
+    with _recorded(encoder) as of_encoder, _recorded(decoder) as of_decoder:
+        yield of_encoder, of_decoder
 
 
 @contextmanager
-def _recorded(attention: Any) -> Iterator[list[Sampling]]:
+def _recorded(attention: DeformableAttention | None) -> Iterator[list[Sampling]]:
     calls: list[Sampling] = []
+    if attention is None:
+        yield calls
+        return
 
     def note(module: Any, inputs: tuple[Any, ...]) -> None:
         calls.append(sampling_of(module, *inputs))

@@ -1,6 +1,7 @@
 """What `visualize` shows is what the model does: sampling points and weights those of the operator,
 gradients those of finite differences; and its pictures show it where it is."""
 
+import math
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 from torch import nn
 
 from cuda_ops.ops import multi_scale_deformable_attention
+from model.attention import DeformableAttention
+from model.boxes import inverse_sigmoid
 from model.config import ModelConfig
 from model.detr import build_model
 from model.postprocess import class_scores, postprocess
@@ -26,7 +29,7 @@ from pipeline.look_inside import load_image, look_inside
 from pipeline.pixel_gradients import differentiable_outputs, gradient_norms
 from pipeline.predict import Detector
 from pipeline.recipes import recipe
-from pipeline.sampling_points import sampling_recorded
+from pipeline.sampling_points import deformable_attention_of, sampling_recorded
 
 DEFORMABLE = {
     "multi-scale": ("deformable_detr_r50_demo", {}),
@@ -36,7 +39,13 @@ DEFORMABLE = {
     "dilated": ("deformable_detr_r50_single_scale_dc5_demo", {}),
     "refinement": ("deformable_detr_r50_refine_demo", {}),
     "two-stage": ("deformable_detr_r50_two_stage_demo", {}),
+    "DINO": ("dino_r50_4scale_demo", {}),
+    "DAB": ("dab_deformable_detr_r50_demo", {}),
+    "DN-DAB": ("dn_dab_deformable_detr_r50_demo", {}),
+    "SAM": ("sam_detr_r50_multiscale_demo", {}),
 }
+BY_BOXES = ("refinement", "two-stage", "DINO", "DAB", "DN-DAB")
+"""Those whose decoder attends to points around the boxes that the layer before hands on."""
 
 
 def config_of(name: str, **changes: object) -> ModelConfig:
@@ -49,7 +58,8 @@ def scrambled(config: ModelConfig, seed: int = 0) -> nn.Module:
     model = build_model(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith(("encoder.", "decoder.", "heads.")) and "norm" not in name:
+            parts = ("encoder.", "decoder.", "heads.", "queries.")
+            if name.startswith(parts) and "norm" not in name:
                 parameter.normal_(0, 0.3 if name.endswith("bias") else parameter.shape[-1] ** -0.5)
     return model
 
@@ -72,11 +82,13 @@ def test_the_sampling_points_are_those_of_the_operator(name, changes):
     def note(where):
         return lambda module, inputs, output: seen[where].append((module, inputs, output))
 
+    deformable = model.config.architecture != "sam_multiscale_detr"  # its decoder
     model.encoder[-1].attention.register_forward_hook(note("encoder"))
-    model.decoder[-1].cross_attention.register_forward_hook(note("decoder"))
+    if deformable:
+        model.decoder[-1].cross_attention.register_forward_hook(note("decoder"))
     with torch.no_grad(), sampling_recorded(model) as (encoder, decoder):
         model(*padded_pair())
-    assert len(decoder) == 1
+    assert len(decoder) == int(deformable)
     assert len(encoder) == (1 if model.config.level_exchange else model.config.num_levels)
     for sampling, (module, inputs, output) in zip(
         [*encoder, *decoder], [*seen["encoder"], *seen["decoder"]], strict=True
@@ -93,10 +105,112 @@ def test_the_sampling_points_are_those_of_the_operator(name, changes):
         torch.testing.assert_close(
             sampling.weights.sum((-1, -2)), torch.ones(sampling.weights.shape[:3])
         )
-    assert decoder[0].references.shape[-1] == (4 if model.config.refines else 2)
+    calls = len(encoder), len(decoder)
     with torch.no_grad():
         model(*padded_pair())
-    assert len(decoder) == 1  # no hook is left
+    assert (len(encoder), len(decoder)) == calls  # no hook is left
+
+
+@pytest.mark.parametrize(("name", "changes"), DEFORMABLE.values(), ids=DEFORMABLE)
+def test_a_token_samples_by_its_offsets_in_cells_of_the_image(name, changes):
+    """Worked out from the module's offsets for one token of the finest level, in fractions of each
+    image, whatever its padding."""
+    model = scrambled(config_of(name, **changes))
+    calls = inputs_of(model.encoder[-1].attention)
+    with torch.no_grad(), sampling_recorded(model) as (encoder, _):
+        model(*padded_pair())
+    attention, sampling = model.encoder[-1].attention, encoder[0]
+    row, column = 1, 1
+    token = row * sampling.shapes[0][1] + column
+    offsets = attention.sampling_offsets(calls[0][0][:, token])
+    for image, (height, width) in enumerate(((64, 96), (96, 48))):
+        # Of a padded level an image has all cells that its pixels touch: (across, down).
+        cells = [
+            (math.ceil(columns * width / 96), math.ceil(rows * height / 96))
+            for rows, columns in sampling.shapes
+        ]
+        across, down = cells[0]
+        centre = ((column + 0.5) / across, (row + 0.5) / down)
+        assert sampling.reference_points()[image, token].tolist() == pytest.approx(centre)
+        found = sampling.points()[image, token].flatten(0, -2).tolist()
+        for point, (head, level, k) in zip(found, order_of(attention), strict=True):
+            x, y = offset_of(offsets[image], attention, head, level, k)
+            across, down = cells[level]
+            by_hand = (centre[0] + x / across, centre[1] + y / down)
+            assert point == pytest.approx(by_hand, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", BY_BOXES)
+def test_a_query_samples_by_its_offsets_in_halves_of_its_box(case):
+    """Worked out from the module's offsets and the box that the layer before left, in fractions of
+    each image, whatever its padding."""
+    name, changes = DEFORMABLE[case]
+    model = scrambled(config_of(name, **changes))
+    if case == "DINO":
+        nn.init.constant_(model.heads.norm.weight, 0.5)
+    attention = model.decoder[-1].cross_attention
+    calls, states = inputs_of(attention), []
+    model.decoder[0].register_forward_hook(lambda _, inputs, state: states.append(state))
+    with torch.no_grad(), sampling_recorded(model) as (_, decoder):
+        outputs = model(*padded_pair())
+    boxes = outputs["aux_outputs"][-1]["pred_boxes"]
+    if case == "DINO":  # which predicts boxes from normed states, and hands on those of others
+        anchors = inverse_sigmoid(outputs["enc_outputs"]["pred_boxes"], 1e-3)
+        handed_on = (anchors + model.heads.boxes(states[0])).sigmoid()
+        assert (handed_on - boxes).abs().max() > 0.01
+        boxes = handed_on
+    torch.testing.assert_close(decoder[0].reference_points(), boxes[..., :2])
+    for image, query in ((0, 3), (1, 6)):
+        cx, cy, width, height = boxes[image, query].tolist()
+        offsets = attention.sampling_offsets(calls[0][0][image, query])
+        found = decoder[0].points()[image, query].flatten(0, -2).tolist()
+        for point, (head, level, k) in zip(found, order_of(attention), strict=True):
+            x, y = offset_of(offsets, attention, head, level, k)
+            by_hand = (
+                cx + x / attention.num_points * width / 2,
+                cy + y / attention.num_points * height / 2,
+            )
+            assert point == pytest.approx(by_hand, rel=1e-4, abs=1e-5)
+
+
+def inputs_of(module: nn.Module) -> list[tuple]:
+    """The arguments of calls to come."""
+    calls: list[tuple] = []
+    module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    return calls
+
+
+def order_of(attention: DeformableAttention) -> list[tuple[int, int, int]]:
+    """(head, level, point) of the points of a figure."""
+    sizes = (attention.num_heads, attention.num_levels, attention.num_points)
+    return list(np.ndindex(sizes))
+
+
+def offset_of(
+    offsets: torch.Tensor, attention: DeformableAttention, head: int, level: int, k: int
+) -> list[float]:
+    """(x, y) among the flat offsets of a query."""
+    at = ((head * attention.num_levels + level) * attention.num_points + k) * 2
+    return offsets[at : at + 2].tolist()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "detr_r50_demo",
+        "conditional_detr_r50_demo",
+        "smca_detr_r50_demo",
+        "dab_detr_r50_demo",
+        "sam_detr_r50_demo",
+        "anchor_detr_r50_demo",
+    ],
+)
+def test_dense_attention_samples_no_points(name):
+    model = build_model(config_of(name)).eval()
+    assert deformable_attention_of(model) == (None, None)
+    with torch.no_grad(), sampling_recorded(model) as (encoder, decoder):
+        model(*padded_pair())
+    assert (encoder, decoder) == ([], [])
 
 
 def test_points_are_fractions_of_the_image_not_of_the_padding():
@@ -127,6 +241,9 @@ def test_points_are_fractions_of_the_image_not_of_the_padding():
         ("deformable_detr_r50_two_stage_demo", {"activation_checkpointing": True}),
         ("detr_r50_demo", {}),
         ("detr_r50_dc5_plus_demo", {}),
+        ("dino_r50_4scale_demo", {}),
+        ("dab_deformable_detr_r50_demo", {}),
+        ("anchor_detr_r50_demo", {}),
     ],
 )
 def test_gradients_are_those_of_finite_differences(name, changes):
@@ -238,6 +355,19 @@ def test_sampling_points_are_drawn_where_they_are():
     assert [text.get_text() for text in encoder.texts] == ["30% outside"]
 
 
+def test_a_figure_of_an_encoder_alone_has_the_box():
+    image = np.full((80, 40, 3), 128, np.uint8)
+    token = Points(np.array([0.5, 0.5]), np.array([[0.25, 0.75]]), np.array([1.0]))
+    found = Detected(0, 0, 0.5, (0.1, 0.2, 0.5, 0.9))
+    figure = draw_sampling_points(image, [found], ["cat"], [token], [])
+    encoder, _ = figure.axes
+    assert encoder.get_ylabel() == "(a) encoder"
+    assert [text.get_text() for text in encoder.texts] == ["cat 0.50"]
+    assert (colour_at(figure, encoder, 0.5, 0.5) == (57, 255, 20)).all()
+    red, green, blue = colour_at(figure, encoder, 0.25, 0.75)
+    assert red > 100 > max(green, blue)
+
+
 # The command
 
 
@@ -280,12 +410,30 @@ def test_pictures_of_the_images_asked_for(shards, tmp_path, capsys):
 
 
 def test_detr_has_gradients_but_no_sampling_points(shards, tmp_path):
-    save_checkpoint("detr_r50_demo", shards, tmp_path / "model.pt")
+    said, saved = looked_inside("detr_r50_demo", shards, tmp_path)
+    assert saved == ["pixel", "predictions.png"]
+    assert said[0].startswith("no sampling points (Figure 6) of the encoder and the decoder: detr ")
+
+
+def test_figure_6_of_multi_scale_sam_detr_is_of_its_encoder(shards, tmp_path):
+    said, saved = looked_inside("sam_detr_r50_multiscale_demo", shards, tmp_path)
+    assert saved == ["pixel", "sampling", "predictions.png"]
+    assert said[0].startswith("no sampling points (Figure 6) of the decoder: sam_multiscale_detr ")
+
+
+def test_dino_has_both_figures(shards, tmp_path):
+    said, saved = looked_inside("dino_r50_4scale_demo", shards, tmp_path)
+    assert saved == ["pixel", "sampling", "predictions.png"]
+    assert all(line.startswith("saved ") for line in said)
+
+
+def looked_inside(name: str, shards: ShardSet, folder) -> tuple[list[str], list[str]]:
+    """What is told about the first image, and the kinds of files that are saved."""
+    save_checkpoint(name, shards, folder / "model.pt")
     said: list[str] = []
-    detector = Detector.load(tmp_path / "model.pt", "cpu")
-    saved = look_inside(detector, shards, [0], tmp_path / "out", 1, 0.0, said.append)
-    assert [path.name.split("_")[0] for path in saved] == ["pixel", "predictions.png"]
-    assert said[0].endswith("are drawn of deformable_detr alone, none of detr")
+    detector = Detector.load(folder / "model.pt", "cpu")
+    saved = look_inside(detector, shards, [0], folder / "out", 1, 0.0, said.append)
+    return said, [path.name.split("_")[0] for path in saved]
 
 
 def test_an_image_without_objects_is_left_out_and_told(shards, tmp_path):
@@ -318,7 +466,7 @@ def outputs_of(detector: Detector, shards: ShardSet, indices: list[int]) -> list
         ("demo", ["--objects", "0"], ["--objects: got 0"]),
         ("demo", ["--output", "Makefile"], ["--output", "Makefile", "expected a folder"]),
         ("demo", ["--output", "none/out"], ["--output", "'none' does not exist"]),
-        ("faster_rcnn_r50_fpn_demo", [], ["faster_rcnn", "expected deformable_detr or detr"]),
+        ("faster_rcnn_r50_fpn_demo", [], ["faster_rcnn", "expected a detector by queries"]),
     ],
 )
 def test_one_clear_line(name, options, words, shards, tmp_path, capsys):
