@@ -96,7 +96,7 @@ def draw_sampling_points(
     figure.colorbar(ScalarMappable(scale, WEIGHTS), cax=bar)
     bar.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     bar.tick_params(labelsize=8)
-    bar.set_ylabel("attention weight (sum 1 in each head)", fontsize=9)
+    bar.set_ylabel("attention weight\n(sum 1 in each head)", fontsize=9)
     return figure
 
 
