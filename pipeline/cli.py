@@ -179,11 +179,13 @@ def parse_run(
 ) -> T:
     """Options of a command whose first word is a recipe: `kind` must have a `config: RunOptions`
     field; the recipe's values are its defaults."""
+    if args and args[0] in ("-h", "--help"):
+        shown = "Defaults here are the demo's; with a recipe before --help they are the recipe's."
+        default = kind(config=recipe("demo"), **fixed)
+        description = description.replace("\n\n", f" {shown}\n\n", 1)
+        return parse(type(default), args, f"{prog} RECIPE", description, default)
     if not args or args[0].startswith("-"):
-        if args and args[0] in ("-h", "--help"):
-            args = ["demo", *args]
-        else:
-            raise UserError(f"{prog}: expected a recipe first, one of {', '.join(RECIPES)}")
+        raise UserError(f"{prog}: expected a recipe first, one of {', '.join(RECIPES)}")
     default = kind(config=recipe(args[0]), **fixed)
     return parse(type(default), args[1:], f"{prog} {args[0]}", description, default)
 
