@@ -10,7 +10,7 @@ from typing import Any
 from jobs.grid_state import (
     DONE,
     FAILED,
-    MISSING,
+    NOT_BEGUN,
     PRUNED,
     RESUME,
     RUNNING,
@@ -38,6 +38,10 @@ class Row:
     record: Record
     note: str
 
+    @property
+    def under_way(self) -> bool:
+        return self.record.outcome == RUNNING and self.state != DONE
+
 
 def rows(folder: Path) -> list[Row]:
     """Of every cell and seed in the grid's `grid.json`."""
@@ -51,6 +55,8 @@ def rows(folder: Path) -> list[Row]:
             note = f"flagged: {record.flag}"
         if state == RUNNING and quiet(now) > QUIET:
             note = f"no line for {duration(quiet(now))}; was its command killed?"
+        if record.submitting and state != DONE:
+            note = "being submitted, unless its command was killed"
         if not cell["folder"].startswith(f"runs/{cell['name']}-seed"):
             note = f"the run of {Path(cell['folder']).name}"
         found.append(Row(cell["name"], cell["seed"], state, now, record, note))
@@ -61,16 +67,16 @@ def state_of(record: Record, now: RunProgress) -> str:
     """One of the states of jobs.grid_state, by the record of the job and the run's own metrics."""
     if now.finished:
         return DONE
-    if record.outcome in (RUNNING, FAILED, STOPPED, PRUNED):
+    if record.outcome in (RUNNING, FAILED, STOPPED, PRUNED) and not record.submitting:
         return record.outcome
-    return RESUME if now.last else MISSING
+    return RESUME if now.last else NOT_BEGUN
 
 
 def status(folder: Path, watch: bool) -> None:
     """Prints the table; `watch`: anew every two seconds, in place, while something runs."""
     lines = text(rows(folder))
     print("\n".join(lines), flush=True)
-    while watch and any(row.state == RUNNING for row in rows(folder)):
+    while watch and any(row.under_way for row in rows(folder)):
         time.sleep(LOOK_EVERY)
         up = f"\033[{len(lines)}A\033[J" if sys.stdout.isatty() else "\n"
         lines = text(rows(folder))
