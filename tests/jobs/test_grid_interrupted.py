@@ -5,13 +5,15 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from jobs import grid_command, grid_run
+from jobs import grid_command, grid_run, grid_status
 from jobs.grid_command import run_grid, write_grid
-from jobs.grid_run import first_line
+from jobs.grid_run import GridRunner
 from jobs.grid_state import (
     DONE,
     FAILED,
@@ -26,7 +28,15 @@ from jobs.grid_state import (
 )
 from jobs.grid_status import rows, status
 from pipeline.errors import UserError
-from tests.jobs.made_up_grids import CODE, DATA, grid_of, outcomes, pretend, scripted
+from tests.jobs.made_up_grids import (
+    CODE,
+    DATA,
+    ScriptedCluster,
+    grid_of,
+    outcomes,
+    pretend,
+    scripted,
+)
 
 
 @pytest.fixture
@@ -116,7 +126,7 @@ def test_a_job_that_a_killed_command_had_just_submitted_is_taken_over(cluster, t
     runner.start(found[0])
     Record(0, RUNNING, code={CODE.digest: CODE.commit}).write(tmp_path, found[0].run)
     assert states(tmp_path, found) == {"a": NOT_BEGUN}
-    again = grid_run.GridRunner(client, tmp_path, runner.submission, print, runner.pruning)
+    again = GridRunner(client, tmp_path, runner.submission, print, runner.pruning)
     queue = list(found)
     again.adopt(queue)
     assert queue == []
@@ -126,7 +136,68 @@ def test_a_job_that_a_killed_command_had_just_submitted_is_taken_over(cluster, t
     assert client.order == ["a"]
 
 
-def test_a_cluster_that_does_not_take_a_job_leaves_the_run_as_it_was(cluster, tmp_path, monkeypatch):
+def test_records_of_what_no_longer_runs_say_so(tmp_path):
+    found = grid_of("busy", "sent", "done", "failed")
+    outcome = {"busy": RUNNING, "sent": RUNNING, "done": DONE, "failed": FAILED}
+    for entry in found:
+        job = "" if entry.cell == "sent" else "made-0"
+        Record(1, outcome[entry.cell], job=job).write(tmp_path, entry.run)
+    nothing_runs(tmp_path, [entry.run for entry in found])
+    assert states(tmp_path, found) == {
+        "busy": STOPPED, "sent": NOT_BEGUN, "done": NOT_BEGUN, "failed": FAILED,
+    }  # fmt: skip
+
+
+def test_a_grid_on_a_local_ray_has_nothing_running_once_that_is_gone(
+    cluster, tmp_path, monkeypatch
+):
+    """Whatever ended it, and even where no job could be told to stop."""
+    out = tmp_path / "out"
+
+    @contextmanager
+    def local_cluster():
+        yield SimpleNamespace(jobs="http://x")
+        assert {row.state for row in rows(out)} == {RUNNING}  # as it goes down
+
+    def run(runner, todo, anew):
+        for entry in todo:
+            Record(1, RUNNING, job="made-0").write(runner.folder, entry.run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid_command, "local_cluster", local_cluster)
+    monkeypatch.setattr(grid_command, "connect", lambda address: None)
+    monkeypatch.setattr(grid_command, "prepare", lambda *_: None)
+    monkeypatch.setattr(grid_command, "deliver", lambda *_: None)
+    monkeypatch.setattr(GridRunner, "run", run)
+    path = tmp_path / "one.yaml"
+    path.write_text("baseline: demo\ncells: {wide: {model.hidden_dim: 96}}\n")
+    with pytest.raises(KeyboardInterrupt):
+        run_grid([str(path), "--scale", "demo", "--output", str(out)])
+    assert {row.state for row in rows(out)} == {STOPPED}
+
+
+def test_the_table_is_watched_while_a_cell_is_being_submitted(tmp_path, monkeypatch, capsys):
+    found = grid_of("a")
+    states(tmp_path, found)
+    Record(0, RUNNING).write(tmp_path, found[0].run)
+    looks = []
+
+    def later(seconds):
+        looks.append(seconds)
+        Record(1, DONE, job="made-0").write(tmp_path, found[0].run)
+        pretend(tmp_path / found[0].folder, found[0].config, 4)
+
+    monkeypatch.setattr(grid_status.time, "sleep", later)
+    status(tmp_path, watch=True)
+    said = capsys.readouterr().out
+    assert len(looks) == 1
+    assert "being submitted, unless its command was killed" in said
+    assert said.splitlines()[-1] == "1 cells: 1 done"
+
+
+def test_a_cluster_that_does_not_take_a_job_leaves_the_run_as_it_was(
+    cluster, tmp_path, monkeypatch
+):
     found, _, runner, _ = cluster("a", patience=-1.0, a=[0])
 
     def refused(*_, **__):
@@ -155,7 +226,7 @@ class InterruptAt:
     """Raises KeyboardInterrupt before that line of jobs/grid_run.py, counted as they run."""
 
     def __init__(self, number: int = 0) -> None:
-        self.number, self.ran = number, 0
+        self.number, self.ran = number, []
 
     def __enter__(self):
         sys.settrace(self.call)
@@ -169,13 +240,13 @@ class InterruptAt:
 
     def line(self, frame, event, arg):
         if event == "line":
-            self.ran += 1
-            if self.ran == self.number:
+            self.ran.append(frame.f_lineno)
+            if len(self.ran) == self.number:
                 raise KeyboardInterrupt  # with which Python ends the tracing, too
         return self.line
 
 
-def alive(client, folder) -> set[str]:
+def alive(client) -> set[str]:
     return {
         client.entries[job.metadata["folder"]].cell
         for job in client.jobs.values()
@@ -184,26 +255,28 @@ def alive(client, folder) -> set[str]:
 
 
 def test_no_cell_is_left_running_wherever_the_interrupt_falls(cluster, tmp_path):
-    def grid(number):
-        folder = tmp_path / str(number)
-        found, client, runner, _ = cluster("a", "b", parallel=1, a=[1, 0], b=[0])
-        client.entries = {str(folder / e.folder): e for e in found}
-        runner.folder = folder
-        runner.pruning = replace(runner.pruning, folder=folder)
-        return folder, found, client, runner
+    found, _, of_cluster, _ = cluster("a", "b", parallel=1)
 
-    folder, found, _, runner = grid("whole")
+    def grid(name):
+        folder = tmp_path / str(name)
+        client = ScriptedCluster(found, folder, a=[1, 0], b=[0])
+        pruning = replace(of_cluster.pruning, folder=folder)
+        return folder, client, GridRunner(client, folder, of_cluster.submission, str, pruning)
+
+    folder, _, runner = grid("whole")
     with InterruptAt() as counted:
         runner.run(found)
     assert outcomes(folder, found) == {"a": (DONE, 2), "b": (DONE, 1)}
-    assert counted.ran > 300
+    assert len(counted.ran) > 300
+    # Each line once: as it ran first.
+    instants = {line: number for number, line in reversed(list(enumerate(counted.ran, 1)))}
     begun = set()
-    for number in range(1, counted.ran + 1):
-        folder, found, client, runner = grid(number)
+    for number in sorted(instants.values()):
+        folder, client, runner = grid(number)
         with InterruptAt(number), pytest.raises(KeyboardInterrupt):
             runner.run(found)
         now = states(folder, found)
-        assert not alive(client, folder), number
+        assert not alive(client), number
         assert RUNNING not in now.values(), (number, now)
         assert not any(row.under_way for row in rows(folder)), number
         begun.update(now.values())
