@@ -6,7 +6,6 @@ A grid's folder holds `grid.json` (its cells), `runs/` (their run folders), `rec
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -238,8 +237,3 @@ def read_grid(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); submit the grid again") from None
     return content
-
-
-def quiet(found: RunProgress) -> float:
-    """Seconds since the run's last line."""
-    return time.time() - found.last if found.last else 0.0

@@ -18,7 +18,6 @@ from jobs.grid_state import (
     Record,
     RunProgress,
     progress,
-    quiet,
     read_grid,
 )
 
@@ -53,14 +52,21 @@ def rows(folder: Path) -> list[Row]:
         note = record.error if state in (FAILED, PRUNED) else ""
         if state in (RUNNING, STOPPED) and record.flag:
             note = f"flagged: {record.flag}"
-        if state == RUNNING and quiet(now) > QUIET:
-            note = f"no line for {duration(quiet(now))}; was its command killed?"
+        if state == RUNNING and (silence := quiet(folder, cell["folder"], now)) > QUIET:
+            note = f"no line for {duration(silence)}; was its command killed?"
         if record.submitting and state != DONE:
             note = "being submitted, unless its command was killed"
         if not cell["folder"].startswith(f"runs/{cell['name']}-seed"):
             note = f"the run of {Path(cell['folder']).name}"
         found.append(Row(cell["name"], cell["seed"], state, now, record, note))
     return found
+
+
+def quiet(grid: Path, run: str, now: RunProgress) -> float:
+    """Seconds since the last line of a running run, or since its record, if that is newer: a job
+    may end, or wait for room, before it has written anything."""
+    written = (grid / "records" / f"{Path(run).name}.json").stat().st_mtime
+    return time.time() - max(now.last, written)
 
 
 def state_of(record: Record, now: RunProgress) -> str:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -174,6 +175,16 @@ def test_a_grid_on_a_local_ray_has_nothing_running_once_that_is_gone(
     with pytest.raises(KeyboardInterrupt):
         run_grid([str(path), "--scale", "demo", "--output", str(out)])
     assert {row.state for row in rows(out)} == {STOPPED}
+
+
+def test_a_job_that_never_wrote_a_line_is_asked_after(tmp_path):
+    found = grid_of("a")
+    Record(1, RUNNING, job="made-0").write(tmp_path, found[0].run)
+    states(tmp_path, found)
+    assert rows(tmp_path)[0].note == ""
+    before = time.time() - 1200
+    os.utime(tmp_path / "records" / f"{found[0].run}.json", (before, before))
+    assert rows(tmp_path)[0].note == "no line for 20 min; was its command killed?"
 
 
 def test_the_table_is_watched_while_a_cell_is_being_submitted(tmp_path, monkeypatch, capsys):

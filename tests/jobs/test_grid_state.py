@@ -262,6 +262,8 @@ def test_status_shows_each_cell_without_a_cluster(tmp_path, capsys):
         pretend(tmp_path / entry.folder, entry.config, epochs)
         error = "it broke" if outcome == FAILED else ""
         Record(2, outcome, error, job="made-0").write(tmp_path, entry.run)
+    for entry in found[1], found[3]:
+        os.utime(tmp_path / "records" / f"{entry.run}.json", (2000.0, 2000.0))
     log = tmp_path / found[1].folder / "metrics.jsonl"
     shift = time.time() - 1040.0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
