@@ -89,16 +89,18 @@ def test_a_cell_whose_submission_is_broken_off_is_what_it_was(cluster, tmp_path,
     found, client, runner, _ = cluster("fresh", "begun", parallel=1, fresh=[0], begun=[0])
     breaking(client, broken)
     pretend(tmp_path / found[1].folder, found[1].config, 2)
+    Record(1, RUNNING, job="made-begun-seed42-7").write(tmp_path, found[1].run)  # killed before
     for one in found:
         ending_by(broken, runner, [one])
-    assert states(tmp_path, found) == {"fresh": NOT_BEGUN, "begun": RESUME}
+    begun = RESUME if broken is killed else STOPPED
+    assert states(tmp_path, found) == {"fresh": NOT_BEGUN, "begun": begun}
     assert [look(tmp_path, e, DATA, CODE).state for e in found] == [NOT_BEGUN, RESUME]
     notes = [row.note for row in rows(tmp_path)]
     told = "being submitted, unless its command was killed"
     assert notes == ([told, told] if broken is killed else ["", ""])
     found, _, runner, _ = cluster("fresh", "begun", fresh=[0], begun=[0])
     runner.run(found)
-    assert outcomes(tmp_path, found) == {"fresh": (DONE, 1), "begun": (DONE, 1)}
+    assert outcomes(tmp_path, found) == {"fresh": (DONE, 1), "begun": (DONE, 2)}
 
 
 def test_a_submission_that_is_broken_off_leaves_what_was_known_of_the_run(cluster, tmp_path):
@@ -290,5 +292,7 @@ def test_no_cell_is_left_running_wherever_the_interrupt_falls(cluster, tmp_path)
         assert not alive(client), number
         assert RUNNING not in now.values(), (number, now)
         assert not any(row.under_way for row in rows(folder)), number
+        attempts = {cell: tried for cell, (_, tried) in outcomes(folder, found).items()}
+        assert attempts == {cell: client.order.count(cell) for cell in "ab"}, number
         begun.update(now.values())
     assert begun >= {NOT_BEGUN, STOPPED, DONE, FAILED}
