@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from jobs.grid_dry_run import action, dry_run, looked
 from jobs.grid_file import find_grid
 from jobs.grid_options import DEMO_DATA, GridOptions, called, check, common
 from jobs.grid_pruning import Pruning, pruning
-from jobs.grid_state import CHANGED, DONE, PRUNED, RESUME, Code, look, read_grid, write_json
+from jobs.grid_state import (
+    CHANGED,
+    DONE,
+    PRUNED,
+    RESUME,
+    Code,
+    look,
+    nothing_runs,
+    read_grid,
+    write_json,
+)
 from jobs.grid_status import rows, text
 from jobs.papers_grids import PAPERS_GRIDS
 from jobs.spec import JobSpec
@@ -55,6 +66,8 @@ def run_grid(args: list[str]) -> None:
     band = pruning(folder, wanted, grid.reference, options.reference, options.band, options.prune)
     if options.dry_run:
         dry_run(called(grid, options), folder, wanted, options, band)
+        check(grid, replace(options, dry_run=False))  # which lets a grid be shown without data
+        require_data(wanted, options)
         return
     if options.scale == "demo" and not options.data.train:
         prepare(DEMO_DATA.resolve(), DemoOptions())
@@ -111,11 +124,7 @@ def train(
     args: list[str],
 ) -> None:
     """Runs what is not done. Raises `UserError` where cells are left over at the end."""
-    if not options.address and options.data.train:
-        from pipeline.dataset import open_shards
-
-        for location in (options.data.train, options.data.val):
-            open_shards(location, wanted[0].config.data)  # look before Ray is started
+    require_data(wanted, options)  # before Ray is started
     with ExitStack() as stack:
         stack.enter_context(sole(folder))
         write_grid(folder, called(grid, options), grid.baseline, wanted, args)
@@ -128,6 +137,8 @@ def train(
         # What the others are held against has to be there in time.
         todo.sort(key=lambda entry: entry.cell != grid.reference)
         if todo:
+            if not options.address:  # called once the local Ray has ended, whatever ended it
+                stack.callback(nothing_runs, folder, [entry.run for entry in todo])
             address = options.address or stack.enter_context(local_cluster()).jobs
             # Brings Ray, which reads once, at import, the token that a local cluster has set.
             from jobs.grid_run import GridRunner, Submission
@@ -173,6 +184,16 @@ def train(
             f"{', pruned ones without --prune' if pruned and options.prune else ''}"
         )
     print(f"all done; python -m jobs compare {folder} sets it beside what was published")
+
+
+def require_data(wanted: list[Entry], options: GridOptions) -> None:
+    """Raises `UserError` where the grid's data is not there, or not fit to train on, as far as
+    this machine sees it: with an address only the cluster's nodes may."""
+    if not options.address and options.data.train:
+        from pipeline.dataset import open_shards
+
+        for location in (options.data.train, options.data.val):
+            open_shards(location, wanted[0].config.data)
 
 
 def sole(folder: Path) -> Any:

@@ -4,13 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.grid import Entry, runs
+from jobs.grid import PAPERS_EPOCHS, Entry, runs
 from jobs.grid_options import GridOptions
 from jobs.grid_pruning import Pruning
 from jobs.grid_state import CHANGED, DONE, PRUNED, RESUME, Code, Found, look
 from jobs.grid_status import columns
+from model.config import TINY
 from pipeline.config import DataConfig
 from pipeline.errors import UserError
+from pipeline.recipes import demo
 
 
 def digests(found: list[Entry]) -> dict[str, dict[str, str]]:
@@ -57,18 +59,43 @@ def pruned_before(flag: str) -> str:
 def dry_run(
     name: str, folder: Path, wanted: list[Entry], options: GridOptions, pruning: Pruning
 ) -> None:
-    """Prints what would be done with each cell, and how it differs from the baseline."""
+    """Prints what would be done with each cell, for how many epochs, and how it differs from the
+    baseline."""
     found = looked(folder, wanted, options, pruning)
-    cells = [("cell", "seed", "would", "difference from the baseline")]
+    cells = [("cell", "seed", "epochs", "would", "difference from the baseline")]
     for entry in wanted:
         differs = [f"{k} {short(a)} -> {short(b)}" for k, (a, b) in entry.differences.items()]
         own = entry.folder == f"runs/{entry.cell}-seed{entry.seed}"
         would = action(found[entry.run], entry) if own else f"share the run {entry.run}"
         if options.only and entry.cell not in options.only:
             would = "be left as it is (--only)"
-        cells.append((entry.cell, str(entry.seed), would, ", ".join(differs) or "-"))
+        epochs = "-" if entry.evaluates else str(entry.config.schedule.epochs)
+        cells.append((entry.cell, str(entry.seed), epochs, would, ", ".join(differs) or "-"))
     print(f"{name}: {len(wanted)} cells, {len(found)} runs in {folder}")
-    print("\n".join(columns(cells)))
+    print("\n".join([*columns(cells), *remarks(found, wanted, options)]))
+
+
+def remarks(found: dict[str, Found], wanted: list[Entry], options: GridOptions) -> list[str]:
+    """What the table does not say of itself."""
+    said = []
+    if options.scale == "demo" and "schedule.epochs" not in dict(options.set):
+        said.append(
+            f"at demo scale {demo().schedule.epochs} epochs stand for {PAPERS_EPOCHS}, others in "
+            f"proportion; --set schedule.epochs N is taken as it is"
+        )
+    random = [
+        entry
+        for entry in runs(wanted)
+        if found[entry.run].state != DONE
+        and not (entry.evaluates or entry.config.init.backbone or entry.config.init.weights)
+        and entry.config.model.backbone not in TINY
+    ]
+    if random:
+        said.append(
+            f"{len(random)} runs start from random weights; --backbones DIR gives them ImageNet's, "
+            f"which the published AP needs"
+        )
+    return said
 
 
 def short(value: Any) -> str:

@@ -25,6 +25,7 @@ from jobs.grid_state import (
     STOPPED,
     Code,
     Record,
+    nothing_runs,
     progress,
     set_aside,
 )
@@ -35,6 +36,7 @@ from pipeline.errors import UserError
 
 POLL = 2.0  # seconds between two looks at the jobs
 COUNT_EVERY = 30.0  # seconds between two looks at the nodes
+ARRIVAL = 5.0  # seconds until a cluster tells of a job whose submission was broken off
 MOST_NODES = 10_000
 # Exit statuses of a job's driver.
 MISTAKE, WAS_STOPPED = 2, 3
@@ -70,6 +72,8 @@ class GridRunner:
         self.pruning = pruning
         self.pruned: set[str] = set()  # runs whose jobs were told to stop
         self.running: dict[str, tuple[Entry, str]] = {}  # by run: the entry and its job
+        # The run that is being submitted, and its record of before.
+        self.submitting: tuple[Entry, Record] | None = None
         self.retried: dict[str, int] = {}
         self.evaluated: dict[str, float] = {}
         self.anew: set[str] = set()
@@ -100,7 +104,8 @@ class GridRunner:
             raise
 
     def adopt(self, queue: list[Entry]) -> None:
-        """Takes over jobs that an earlier command has left on the cluster."""
+        """Takes over jobs that an earlier command has left on the cluster; a run that it left
+        without one is not "running"."""
         for job in self.client.list_jobs():
             folder = (job.metadata or {}).get("folder")
             for entry in [e for e in queue if str(self.folder / e.folder) == folder]:
@@ -111,9 +116,10 @@ class GridRunner:
                             f"first: python -m jobs stop --job {job.submission_id} --address "
                             f"{self.submission.address}"
                         )
+                    self.follow(entry, job.submission_id)
                     queue.remove(entry)
-                    self.running[entry.run] = (entry, job.submission_id)
                     self.say(f"{entry.run}: job {job.submission_id} trains it already")
+        nothing_runs(self.folder, [entry.run for entry in queue])
 
     def jobs(self) -> dict[str, Any] | None:
         """The cluster's jobs by id; None while it does not answer."""
@@ -180,28 +186,36 @@ class GridRunner:
             code_digest=code.digest,
         )
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.submission.grid}-{entry.run}")
-        record = Record.read(self.folder, entry.run)
-        record = replace(
-            record,
-            attempts=record.attempts + 1,
-            outcome=RUNNING,
-            error="",
-            code={**record.code, code.digest: code.commit},
-        )
-        # Before it is submitted: a command that dies in between leaves an attempt too many.
+        before = Record.read(self.folder, entry.run)
+        self.submitting = (entry, before)
+        # Before it is submitted: should this command die now, its code is known of a job that the
+        # cluster has got all the same.
+        coded = {**before.code, code.digest: code.commit}
+        record = replace(before, outcome=RUNNING, error="", job="", code=coded)
         record.write(self.folder, entry.run)
         try:
             job = submit(self.client, spec, name, **entrypoint)
         except OSError as error:  # requests' errors are OSErrors
+            before.write(self.folder, entry.run)
+            self.submitting = None
             self.unanswered(error)
             return False
         except (RuntimeError, UserError) as error:
             self.ended(entry, FAILED, f"not submitted: {first_line(error)}")
+            self.submitting = None
             return True
-        replace(record, job=job).write(self.folder, entry.run)
-        self.running[entry.run] = (entry, job)
-        self.say(f"{entry.run}: submitted as {job}, attempt {record.attempts}")
+        self.say(f"{entry.run}: submitted as {job}, attempt {self.follow(entry, job)}")
         return True
+
+    def follow(self, entry: Entry, job: str) -> int:
+        """Takes note that the job trains the run; returns which attempt it is."""
+        record = Record.read(self.folder, entry.run)
+        attempts = record.attempts + (record.job != job)
+        record = replace(record, attempts=attempts, outcome=RUNNING, error="", job=job)
+        record.write(self.folder, entry.run)
+        self.running[entry.run] = (entry, job)
+        self.submitting = None
+        return attempts
 
     def collect(self, jobs: dict[str, Any]) -> list[Entry]:
         """Takes note of the jobs that have ended; returns the runs to be tried again."""
@@ -209,7 +223,6 @@ class GridRunner:
         for entry, job in list(self.running.values()):
             if job in jobs and not jobs[job].status.is_terminal():
                 continue
-            del self.running[entry.run]
             if job not in jobs:
                 self.ended(entry, FAILED, "the cluster no longer knows its job")
                 status = None
@@ -256,6 +269,8 @@ class GridRunner:
     def ended(self, entry: Entry, outcome: str, error: str) -> None:
         record = replace(Record.read(self.folder, entry.run), outcome=outcome, error=error)
         replace(record, flag="" if outcome == DONE else record.flag).write(self.folder, entry.run)
+        # After the record: interrupted in between, it is asked of the cluster once more.
+        self.running.pop(entry.run, None)
         self.pruned.discard(entry.run)
         self.say(f"{entry.run}: {outcome}{': ' if error else ''}{error}")
 
@@ -296,23 +311,62 @@ class GridRunner:
         return flag
 
     def stop(self) -> None:
-        """Has every job save and end, all at the same time."""
-        if not self.running:
-            return
-        self.say(f"saving {len(self.running)} runs; interrupt once more to end at once")
-        for entry, job in self.running.values():
-            try:
-                self.client.stop_job(job)
-            except (OSError, RuntimeError) as error:
-                self.say(f"{entry.run}: not told to stop ({first_line(error)})")
-        deadline = time.monotonic() + self.submission.spec.grace + STOP_MARGIN
-        while self.running and time.monotonic() < deadline:
-            jobs = self.jobs() or {}
+        """Has every job save and end, all at the same time. Interrupted once more, it leaves them
+        to it."""
+        if self.running:
+            self.say(f"saving {len(self.running)} runs; interrupt once more to end at once")
+        told: list[Entry] = []
+        try:
             for entry, job in list(self.running.values()):
-                if job in jobs and jobs[job].status.is_terminal():
-                    del self.running[entry.run]
-                    self.ended(entry, *self.outcome(entry, jobs[job]))
-            time.sleep(0.5)
+                self.tell_to_stop(entry, job, told)
+            if self.submitting and self.submitting[0].run not in self.running:
+                entry, before = self.submitting
+                if job := self.sent(entry, before):
+                    self.follow(entry, job)
+                    self.tell_to_stop(entry, job, told)
+            deadline = time.monotonic() + self.submission.spec.grace + STOP_MARGIN
+            while self.running and time.monotonic() < deadline:
+                jobs = self.jobs() or {}
+                for entry, job in list(self.running.values()):
+                    if job in jobs and jobs[job].status.is_terminal():
+                        self.ended(entry, *self.outcome(entry, jobs[job]))
+                time.sleep(0.5)
+        finally:
+            for entry in told:
+                if entry.run in self.running:
+                    self.ended(entry, STOPPED, "")
+
+    def tell_to_stop(self, entry: Entry, job: str, told: list[Entry]) -> None:
+        """Has a job save and end, and adds its run to `told` unless the cluster does not answer."""
+        told.append(entry)  # first: interrupted meanwhile, the cluster may well have heard it
+        try:
+            self.client.stop_job(job)
+        except (OSError, RuntimeError) as error:
+            told.remove(entry)
+            self.say(f"{entry.run}: not told to stop ({first_line(error)})")
+
+    def sent(self, entry: Entry, before: Record) -> str:
+        """The job of a submission that was interrupted; "" where the cluster has got none, and the
+        run is what it was before."""
+        self.say(f"{entry.run}: interrupted as it was submitted; asking what the cluster has got")
+        folder, job = str(self.folder / entry.folder), ""
+        deadline = time.monotonic() + ARRIVAL
+        try:
+            while True:
+                living = [
+                    name
+                    for name, found in (self.jobs() or {}).items()
+                    if (found.metadata or {}).get("folder") == folder
+                    and not found.status.is_terminal()
+                ]
+                job = living[0] if living else ""
+                if job or time.monotonic() > deadline:
+                    break
+                time.sleep(0.5)
+        finally:
+            if not job:
+                before.write(self.folder, entry.run)
+        return job
 
 
 def places(address: str, entry: Entry, spec: JobSpec) -> int:

@@ -6,7 +6,7 @@ A grid's folder holds `grid.json` (its cells), `runs/` (their run folders), `rec
 
 import hashlib
 import json
-import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +24,9 @@ from pipeline.whole_file import write_whole
 CODE = ("cuda_ops", "model", "pipeline")
 SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 
-MISSING, RESUME, DONE, FAILED, CHANGED = "missing", "half done", "done", "failed", "changed"
-# And FAILED, DONE: how a record's last attempt stands. PRUNED is also what --prune leaves alone.
+NOT_BEGUN, RESUME, DONE, FAILED, CHANGED = "not begun", "half done", "done", "failed", "changed"
+# And FAILED, DONE: how a record's last attempt stands. PRUNED is also what --prune leaves alone,
+# RUNNING without a job an attempt that is only being submitted.
 RUNNING, STOPPED, PRUNED = "running", "stopped", "pruned"
 
 
@@ -50,9 +51,9 @@ class Code:
 
 @dataclass(frozen=True)
 class Record:
-    """What the grid's command remembers of one run: `outcome` of the last attempt and why it
-    failed, its job, the code of every attempt (digest -> commit), and what makes an unfinished run
-    seem hopeless."""
+    """What the grid's command remembers of one run: attempts, each of them a job; `outcome` of the
+    last one and why it failed, its job, the code of every attempt (digest -> commit), and what
+    makes an unfinished run seem hopeless."""
 
     attempts: int = 0
     outcome: str = ""
@@ -60,6 +61,11 @@ class Record:
     job: str = ""
     code: dict[str, str] = field(default_factory=dict)
     flag: str = ""
+
+    @property
+    def submitting(self) -> bool:
+        """Whether the cluster has no job for the attempt yet, as far as is known here."""
+        return self.outcome == RUNNING and not self.job
 
     @staticmethod
     def read(grid: Path, run: str) -> "Record":
@@ -75,6 +81,14 @@ class Record:
 
     def write(self, grid: Path, run: str) -> None:
         write_json(grid / "records" / f"{run}.json", asdict(self))
+
+
+def nothing_runs(grid: Path, runs: Iterable[str]) -> None:
+    """Corrects the records of runs that a command left at RUNNING, and that no job trains."""
+    for run in runs:
+        record = Record.read(grid, run)
+        if record.outcome == RUNNING:
+            replace(record, outcome=STOPPED if record.job else "").write(grid, run)
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,7 @@ def look(
     path, found = folder / "config.json", progress(folder)
     state, why = RESUME, ""
     if not path.exists():
-        state, why = (FAILED, record.error) if record.outcome == FAILED else (MISSING, "")
+        state, why = (FAILED, record.error) if record.outcome == FAILED else (NOT_BEGUN, "")
         return Found(state, why, found, record)
     why = what_changed(path.read_text(encoding="utf-8"), entry.config, data)
     other = ", ".join(c[:12] for digest, c in record.code.items() if digest != code.digest)
@@ -223,8 +237,3 @@ def read_grid(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); submit the grid again") from None
     return content
-
-
-def quiet(found: RunProgress) -> float:
-    """Seconds since the run's last line."""
-    return time.time() - found.last if found.last else 0.0

@@ -10,7 +10,7 @@ from typing import Any
 from jobs.grid_state import (
     DONE,
     FAILED,
-    MISSING,
+    NOT_BEGUN,
     PRUNED,
     RESUME,
     RUNNING,
@@ -18,7 +18,6 @@ from jobs.grid_state import (
     Record,
     RunProgress,
     progress,
-    quiet,
     read_grid,
 )
 
@@ -38,6 +37,10 @@ class Row:
     record: Record
     note: str
 
+    @property
+    def under_way(self) -> bool:
+        return self.record.outcome == RUNNING and self.state != DONE
+
 
 def rows(folder: Path) -> list[Row]:
     """Of every cell and seed in the grid's `grid.json`."""
@@ -49,28 +52,37 @@ def rows(folder: Path) -> list[Row]:
         note = record.error if state in (FAILED, PRUNED) else ""
         if state in (RUNNING, STOPPED) and record.flag:
             note = f"flagged: {record.flag}"
-        if state == RUNNING and quiet(now) > QUIET:
-            note = f"no line for {duration(quiet(now))}; was its command killed?"
+        if state == RUNNING and (silence := quiet(folder, cell["folder"], now)) > QUIET:
+            note = f"no line for {duration(silence)}; was its command killed?"
+        if record.submitting and state != DONE:
+            note = "being submitted, unless its command was killed"
         if not cell["folder"].startswith(f"runs/{cell['name']}-seed"):
             note = f"the run of {Path(cell['folder']).name}"
         found.append(Row(cell["name"], cell["seed"], state, now, record, note))
     return found
 
 
+def quiet(grid: Path, run: str, now: RunProgress) -> float:
+    """Seconds since the last line of a running run, or since its record, if that is newer: a job
+    may end, or wait for room, before it has written anything."""
+    written = (grid / "records" / f"{Path(run).name}.json").stat().st_mtime
+    return time.time() - max(now.last, written)
+
+
 def state_of(record: Record, now: RunProgress) -> str:
     """One of the states of jobs.grid_state, by the record of the job and the run's own metrics."""
     if now.finished:
         return DONE
-    if record.outcome in (RUNNING, FAILED, STOPPED, PRUNED):
+    if record.outcome in (RUNNING, FAILED, STOPPED, PRUNED) and not record.submitting:
         return record.outcome
-    return RESUME if now.last else MISSING
+    return RESUME if now.last else NOT_BEGUN
 
 
 def status(folder: Path, watch: bool) -> None:
     """Prints the table; `watch`: anew every two seconds, in place, while something runs."""
     lines = text(rows(folder))
     print("\n".join(lines), flush=True)
-    while watch and any(row.state == RUNNING for row in rows(folder)):
+    while watch and any(row.under_way for row in rows(folder)):
         time.sleep(LOOK_EVERY)
         up = f"\033[{len(lines)}A\033[J" if sys.stdout.isatty() else "\n"
         lines = text(rows(folder))

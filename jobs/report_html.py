@@ -23,10 +23,19 @@ AXES: dict[str, tuple[str, Value]] = {
         lambda run, point: None if point.hours is None else 3600 * point.hours,
     ),
     "hours": ("hours of training and evaluation", lambda run, point: point.hours),
-    "device-hours": ("GPU-hours (hours × processes)", lambda run, point: point.device_hours),
+    "device-hours": ("worker-hours (hours × processes)", lambda run, point: point.device_hours),
 }
 SCALES = {"linear": False, "log": True}
-VERDICTS = ("higher", "lower", "noise", "not known", "missing", "unfinished", "same run")
+VERDICTS = (
+    "higher",
+    "lower",
+    "noise",
+    "not known",
+    "not begun",
+    "not evaluated",
+    "unfinished",
+    "same run",
+)
 
 
 def page(comparison: Comparison) -> str:
@@ -149,7 +158,7 @@ def _radios(name: str, values: list[str]) -> str:
 
 
 def _picks(name: str, values: list[str]) -> str:
-    labels = "".join(f'<label for="{v}">{v.replace("device-", "GPU-")}</label>' for v in values)
+    labels = "".join(f'<label for="{v}">{v.replace("device-", "worker-")}</label>' for v in values)
     return f'<span class="pick {name}">{labels}</span>'
 
 

@@ -41,7 +41,7 @@ def _without_empty_columns(sheet: Sheet) -> Sheet:
 
 def _published_sheet(comparison: Comparison) -> Sheet:
     columns = ["row", "cell", "epoch", "seeds", "paper", "AP", "95% images"]
-    columns += ["to paper", "verdict", "GPU-hours"]
+    columns += ["to paper", "verdict", "worker-hours"]
     rows = []
     for row in comparison.rows:
         paper = row.published.metrics.get("AP") if row.published else None
@@ -141,8 +141,11 @@ def _hours(row: Row) -> str:
 
 def _ap(row: Row) -> str:
     """With the standard deviation over seeds where there are several."""
+    if row.cell and not row.metrics:
+        begun = any(run.config for run in row.cell.runs)
+        return "not evaluated" if begun else "not begun"
     if not row.metrics:
-        return "missing" if row.cell else NOTHING
+        return NOTHING
     spread = "" if row.spread is None else f" ± {row.spread:.2f}"
     return f"{row.metrics['AP']:.1f}{spread}"
 
@@ -165,7 +168,7 @@ def _seeds(cell: Cell | None) -> str:
 
 
 def hours(cell: Cell | None) -> float | None:
-    """Device-hours to the last evaluation, mean over the runs that count."""
+    """Worker-hours to the last evaluation, mean over the runs that count."""
     ends = [run.curve[-1].device_hours for run in cell.measured] if cell else []
     known = [end for end in ends if end is not None]
     return sum(known) / len(known) if known else None

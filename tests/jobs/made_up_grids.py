@@ -98,7 +98,8 @@ class ScriptedCluster:
         )
 
     def stop_job(self, job_id):
-        self.end(self.jobs[job_id], "STOPPED")
+        if not self.jobs[job_id].status.is_terminal():
+            self.end(self.jobs[job_id], "STOPPED")
 
     def get_job_logs(self, job_id):
         return f"epoch 1\nerror: {job_id} broke\nlast words\n"
@@ -108,6 +109,7 @@ def scripted(root: Path, monkeypatch):
     """`make(names, places=…, retries=…, **script)`: entries, client, runner and what it said. The
     runner holds all against the first of the names."""
     monkeypatch.setattr(grid_run, "POLL", 0.0)
+    monkeypatch.setattr(grid_run, "ARRIVAL", 0.0)
 
     def make(*names, places=9, retries=1, parallel=0, patience=9.0, band=None, prune=False,
              **script):  # fmt: skip

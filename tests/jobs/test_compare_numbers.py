@@ -48,7 +48,7 @@ def test_a_table_has_the_papers_rows_in_order_with_the_cells_beside_them(tmp_pat
     assert "published alone, no cell of this grid: MS inputs, MS attention, K=4, BiFPN" in said
     text = terminal(comparison)
     assert re.search(r"MS inputs, K=4 +half +1/50 +1 +42\.3 +30\.0 .*unfinished", text)
-    assert re.search(r"FPN +none +– +0/1 +43\.8 +missing", text)
+    assert re.search(r"FPN +none +– +0/1 +43\.8 +not begun", text)
 
 
 def test_seeds_give_mean_deviation_and_the_noise_of_differences(tmp_path):

@@ -12,6 +12,7 @@ from jobs.published import METRICS, published, tables
 from jobs.report_html import page
 from jobs.report_text import as_csv, markdown, terminal
 from pipeline.errors import UserError
+from pipeline.recipes import recipe
 from tests.jobs.made_up_runs import FULL, cell, row_of, write_grid, write_run
 
 # The paper's numbers
@@ -325,9 +326,22 @@ def test_a_grid_that_was_not_submitted_says_how(tmp_path, monkeypatch):
         open_targets(())
 
 
-def test_a_grid_of_which_nothing_ran_is_all_missing(tmp_path):
+def test_a_grid_of_which_nothing_ran_is_not_begun(tmp_path):
     grid = read_grid(write_grid(tmp_path, [cell("base", FULL)], baseline="base"))
     comparison = compare(grid, 10)
     assert not any(row.metrics for row in comparison.rows)
     for text in (terminal(comparison), markdown(comparison), page(comparison)):
-        assert "missing" in text
+        assert "not begun" in text
+
+
+def test_a_run_without_an_evaluation_yet_is_not_evaluated(tmp_path):
+    grid = write_grid(tmp_path, [cell("base", FULL)], baseline="base")
+    folder = tmp_path / cell("base", FULL)["folder"]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps({"config": json.loads(recipe("demo").to_json())})
+    )
+    comparison = compare(read_grid(grid), 10)
+    assert "not evaluated" in terminal(comparison)
+    assert '<span class="tag not-evaluated">not evaluated</span>' in page(comparison)
+    assert "not begun" not in markdown(comparison)

@@ -284,7 +284,7 @@ def test_the_command_ends_with_what_is_pruned_and_starts_no_cluster_for_it(
         epochs, aps = (4, GOOD) if entry.cell == "base" else (3, BAD)
         pretend(out / entry.folder, config, epochs, aps=aps)
     run_grid([str(path), *shared, "--prune", "--dry-run"])
-    assert f"slow  42    do nothing: pruned ({FLAG}" in capsys.readouterr().out
+    assert f"slow  42    4       do nothing: pruned ({FLAG}" in capsys.readouterr().out
     with pytest.raises(UserError) as told:
         run_grid([str(path), *shared, "--prune"])
     assert str(told.value).startswith("1 of 2 cells are not done: slow (pruned); ")

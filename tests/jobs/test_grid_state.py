@@ -13,7 +13,7 @@ from jobs import grid_run, grid_state
 from jobs.grid import Cell, Grid, entries
 from jobs.grid_command import run_grid, sole, write_grid
 from jobs.grid_plan import Measured, Planned, finish, report
-from jobs.grid_state import CHANGED, DONE, FAILED, MISSING, RESUME, Code, Record, look, progress
+from jobs.grid_state import CHANGED, DONE, FAILED, NOT_BEGUN, RESUME, Code, Record, look, progress
 from jobs.grid_status import duration, rows, status
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
@@ -21,10 +21,10 @@ from tests.jobs import made_up_grids
 from tests.jobs.made_up_grids import CODE, DATA, EPOCHS, grid_of, outcomes, pretend, scripted
 
 
-def test_a_run_is_missing_then_half_done_then_done(tmp_path):
+def test_a_run_is_not_begun_then_half_done_then_done(tmp_path):
     (entry,) = grid_of("a")
     folder = tmp_path / entry.folder
-    assert look(tmp_path, entry, DATA, CODE).state == MISSING
+    assert look(tmp_path, entry, DATA, CODE).state == NOT_BEGUN
     pretend(folder, entry.config, 2)
     found = look(tmp_path, entry, DATA, CODE)
     assert (found.state, found.why) == (RESUME, "")
@@ -260,7 +260,10 @@ def test_status_shows_each_cell_without_a_cluster(tmp_path, capsys):
     for entry, epochs, outcome in zip(found, (4, 2, 1, 2), (DONE, "running", FAILED, "running"),
                                       strict=False):  # fmt: skip
         pretend(tmp_path / entry.folder, entry.config, epochs)
-        Record(2, outcome, "it broke" if outcome == FAILED else "").write(tmp_path, entry.run)
+        error = "it broke" if outcome == FAILED else ""
+        Record(2, outcome, error, job="made-0").write(tmp_path, entry.run)
+    for entry in found[1], found[3]:
+        os.utime(tmp_path / "records" / f"{entry.run}.json", (2000.0, 2000.0))
     log = tmp_path / found[1].folder / "metrics.jsonl"
     shift = time.time() - 1040.0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -272,9 +275,9 @@ def test_status_shows_each_cell_without_a_cluster(tmp_path, capsys):
     assert said[3] == ["broken", "42", "failed", "1.0/4", "0.100", "-", "2", "it", "broke"]
     assert said[4][:3] == ["silent", "42", "running"]
     assert said[4][-4:] == ["was", "its", "command", "killed?"]
-    assert said[5] == ["waiting", "42", "missing", "-", "-", "-", "0"]
+    assert said[5] == ["waiting", "42", "not", "begun", "-", "-", "-", "0"]
     assert said[6][-4:] == ["the", "run", "of", "fine-seed42"]
-    assert said[7] == ["6", "cells:", "2", "done,", "2", "running,", "1", "failed,", "1", "missing"]
+    assert " ".join(said[7]) == "6 cells: 2 done, 2 running, 1 failed, 1 not begun"
     with pytest.raises(UserError, match=r"is no grid's folder: it has no grid\.json"):
         rows(tmp_path / "runs")
     (tmp_path / "grid.json").write_text("{")

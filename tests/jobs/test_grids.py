@@ -461,21 +461,66 @@ def test_every_cell_gets_the_data_and_its_backbones_weights(tmp_path, monkeypatc
 
 
 def test_a_dry_run_names_each_cell_with_its_differences_and_writes_nothing(tmp_path, capsys):
-    run_grid(["table2", "--dry-run", "--seeds", "2", "--output", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"expected --data\.train DIR --data\.val DIR"):
+        run_grid(["table2", "--dry-run", "--seeds", "2", "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("table2: 12 cells, 12 runs in ")
-    assert any(re.match(r"neck=fpn +42 +train +model.neck plain -> fpn$", x) for x in said)
-    assert any(re.match(r"baseline +43 +train +-$", x) for x in said)
+    assert any(re.match(r"neck=fpn +42 +50 +train +model.neck plain -> fpn$", x) for x in said)
+    assert any(re.match(r"baseline +43 +50 +train +-$", x) for x in said)
+    assert said[-1].startswith("12 runs start from random weights; --backbones DIR gives them")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_says_what_is_evaluated_again(tmp_path, capsys):
-    run_grid(["table3", "--dry-run", "--output", str(tmp_path / "out")])
-    last = capsys.readouterr().out.splitlines()[-1].split("  ")
-    said = [part.strip() for part in last if part]
+    given = ["--scale", "demo", "--dry-run", "--output", str(tmp_path / "out")]
+    run_grid(["table3", *given])
+    *_, last, remark = capsys.readouterr().out.splitlines()
+    said = [part.strip() for part in last.split("  ") if part]
     assert said[0] == "resnext101_dcn_tta"
-    assert said[2] == "evaluate resnext101_dcn-seed42 with test-time augmentation"
-    assert said[3].endswith("tta False -> True")
+    assert said[2:4] == ["-", "evaluate resnext101_dcn-seed42 with test-time augmentation"]
+    assert said[4].endswith("tta False -> True")
+    assert remark.startswith("at demo scale 6 epochs stand for 50")
+
+
+def test_a_dry_run_shows_what_demo_scale_makes_of_epochs(tmp_path, capsys):
+    path = tmp_path / "short.yaml"
+    path.write_text(
+        "baseline: deformable_detr_r50\nset: {schedule.epochs: 2}\n"
+        "cells: {long: {schedule.epochs: 100}}\n"
+    )
+    given = [str(path), "--scale", "demo", "--dry-run", "--output", str(tmp_path / "out")]
+    run_grid(given)
+    said = capsys.readouterr().out
+    assert dict(re.findall(r"^(\w+) +42 +(\d+) +train ", said, re.M)) == {
+        "baseline": "1", "long": "12",
+    }  # fmt: skip
+    assert "at demo scale 6 epochs stand for 50, others in proportion" in said
+    run_grid([*given, "--set", "schedule.epochs", "2"])
+    said = capsys.readouterr().out
+    assert re.findall(r"^\w+ +42 +(\d+) ", said, re.M) == ["2", "2"]
+    assert "epochs stand for" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "data: expected --data.train DIR --data.val DIR, or --scale demo"),
+        (["--data.train", "/no", "--data.val", "/no"], "shard folder '/no' does not exist"),
+    ],
+)
+def test_a_dry_run_ends_with_what_a_real_start_would_refuse(arguments, message, tmp_path, capsys):
+    given = ["table2", "--output", str(tmp_path / "out"), *arguments]
+    refused = []
+    for more in (["--dry-run"], []):
+        with pytest.raises(UserError, match=re.escape(message)) as raised:
+            run_grid([*given, *more])
+        refused.append(str(raised.value))
+        assert ("would" in capsys.readouterr().out) == bool(more)
+    assert refused[0] == refused[1]
+    assert not (tmp_path / "out").exists()
+    # With an address only the cluster's nodes may see the data.
+    if arguments:
+        run_grid([*given, "--dry-run", "--address", "http://nowhere:8265"])
 
 
 @pytest.mark.parametrize(
