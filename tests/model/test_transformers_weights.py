@@ -42,10 +42,11 @@ NEEDS_TIMM = ("single_scale_dc5", "x101", "detr_dc5")
 
 def small(**changes: Any) -> ModelConfig:
     values = {
-        "num_classes": 6, "num_queries": 12, "hidden_dim": 64, "num_heads": 4, "num_points": 3,
+        "num_classes": 6, "num_queries": 12, "hidden_dim": 64, "num_heads": 4,
         "encoder_layers": 2, "decoder_layers": 3, "feedforward_dim": 96, "dropout": 0.0,
     }  # fmt: skip
-    return ModelConfig(**(values | changes))
+    points = {} if changes.get("architecture") == "detr" else {"num_points": 3}
+    return ModelConfig(**(values | points | changes))
 
 
 def trained(config: ModelConfig) -> nn.Module:

@@ -277,7 +277,7 @@ def test_queries_of_a_first_stage_are_asked_for(small_config: Config) -> None:
     with pytest.raises(ValueError, match="one_to_many_queries: got 5 with two_stage=False"):
         small_config(one_to_many_queries=5)
     config = small_config(**O2M)
-    with pytest.raises(ValueError, match="one_to_many_queries: got -1, expected 0 or more"):
+    with pytest.raises(ValueError, match="one_to_many_queries: got -1, expected at least 0"):
         replace(config, one_to_many_queries=-1)
     with pytest.raises(ValueError, match="one_to_many_repeats: got 0, expected at least 1"):
         replace(config, one_to_many_repeats=0)
