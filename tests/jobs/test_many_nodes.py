@@ -119,8 +119,14 @@ def test_a_node_that_drains_loses_no_step(run, command, reference):
 
 @pytest.mark.chaos
 def test_an_elastic_run_shrinks_and_grows(drawn, run, reference):
-    # Images by themselves and no dropout: then the number of workers changes rounding alone.
-    alone = ("--engine.micro-batch", 1, "--model.dropout", 0, "--engine.checkpoint-steps", 2)
+    # Images by themselves and no dropout: then the number of workers changes rounding alone. No
+    # choice among proposals, which rounding decides while all are alike, and a rate that lets it
+    # grow slowly.
+    alone = (
+        "--model.no-two-stage", "--model.dropout", 0, "--optimizer.lr", 2e-5,
+        "--optimizer.backbone-lr", 2e-5, "--engine.precision", "fp32", "--engine.micro-batch", 1,
+        "--engine.checkpoint-steps", 2,
+    )  # fmt: skip
     elastic = ("--workers", 2, "--min-workers", 1, "--resize-interval", 5)
     with Cluster(nodes=2) as cluster:
         job = cluster.jobs(*options(drawn, run.folder, 24, *alone, *elastic))
@@ -141,7 +147,8 @@ def test_an_elastic_run_shrinks_and_grows(drawn, run, reference):
     lines, unhurt = run.lines("train"), reference(2, 24, *alone).lines("train")
     for name in ("step", "lr"):
         assert [x[name] for x in lines] == [x[name] for x in unhurt]
-    # The same batches, while rounding has not yet grown.
-    assert [x["loss"] for x in lines[:10]] == pytest.approx(
-        [x["loss"] for x in unhurt[:10]], rel=2e-3
-    )
+    assert started[-1] < 50
+    apart = [abs(x["loss"] / y["loss"] - 1) for x, y in zip(lines[:50], unhurt[:50], strict=True)]
+    print(f"losses of the first 50 steps: at most {max(apart):.1e} apart, of all {len(lines)}: "
+          f"{max(abs(x['loss'] / y['loss'] - 1) for x, y in zip(lines, unhurt, strict=True)):.1e}")
+    assert max(apart) <= 1e-5
