@@ -149,6 +149,8 @@ def test_an_elastic_run_shrinks_and_grows(drawn, run, reference):
         assert [x[name] for x in lines] == [x[name] for x in unhurt]
     assert started[-1] < 50
     apart = [abs(x["loss"] / y["loss"] - 1) for x, y in zip(lines[:50], unhurt[:50], strict=True)]
-    print(f"losses of the first 50 steps: at most {max(apart):.1e} apart, of all {len(lines)}: "
-          f"{max(abs(x['loss'] / y['loss'] - 1) for x, y in zip(lines, unhurt, strict=True)):.1e}")
+    print(
+        f"losses of the first 50 steps: at most {max(apart):.1e} apart, of all {len(lines)}: "
+        f"{max(abs(x['loss'] / y['loss'] - 1) for x, y in zip(lines, unhurt, strict=True)):.1e}"
+    )
     assert max(apart) <= 1e-5
