@@ -8,6 +8,7 @@ from typing import Literal
 
 from pipeline.errors import UserError
 from pipeline.export_check import check
+from pipeline.export_graph import check_has_graph
 from pipeline.export_onnx import onnx_runner, write_onnx
 from pipeline.export_torch import (
     archive_runner,
@@ -30,10 +31,10 @@ _RUNNERS = {"onnx": onnx_runner, "torch": archive_runner}
 def export(checkpoint: Path, kind: Format, output: Path, say: Callable[[str], None]) -> None:
     """Writes `output`, a new file or for transformers a new folder, once it has been checked.
 
-    The file of a graph is run and compared with the checkpoint, each result told to `say`. Raises
-    `UserError` for a checkpoint that cannot be read, a model that the format has no room for, an
-    `output` that is there already or has another suffix, or a comparison that fails; nothing is
-    left behind then.
+    The file of a graph is run and compared with the checkpoint; what begins, and each result, is
+    told to `say`. Raises `UserError` for a checkpoint that cannot be read, a model that the format
+    has no room for, an `output` that is there already or has another suffix, or a comparison that
+    fails; nothing is left behind then.
     """
     suffix, write = _WRITERS[kind]
     if output.exists():
@@ -46,6 +47,9 @@ def export(checkpoint: Path, kind: Format, output: Path, say: Callable[[str], No
     detector = Detector.load(checkpoint, "cpu")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as aside:
         made = Path(aside) / output.name
+        if kind in _RUNNERS:
+            check_has_graph(detector.config.model)
+            say(f"tracing {checkpoint} on the CPU: a minute or two for a ResNet-50")
         write(detector, made)
         if kind in _RUNNERS:
             check(detector, _RUNNERS[kind](made), say)

@@ -53,17 +53,22 @@ class PixelsToDetections(nn.Module):
         return best_pairs(outputs, TOP)
 
 
-def exported(detector: Detector) -> ExportedProgram:
-    """`PixelsToDetections` of any batch size, and of any height and width from `smallest_side` on.
-
-    Raises `UserError` for a Faster R-CNN.
-    """
-    config = detector.config.model
+def check_has_graph(config: ModelConfig) -> None:
+    """Raises `UserError` for a Faster R-CNN."""
     if config.architecture == "faster_rcnn":
         raise UserError(
             "--format: a faster_rcnn has no graph of fixed shapes (its proposals are as many as "
             "survive suppression); expected a Deformable DETR or a DETR, or --format safetensors"
         )
+
+
+def exported(detector: Detector) -> ExportedProgram:
+    """`PixelsToDetections` of any batch size, and of any height and width from `smallest_side` on.
+
+    Raises `UserError` as `check_has_graph` does.
+    """
+    config = detector.config.model
+    check_has_graph(config)
     # The archive holds weights that lie in memory in the order of their axes.
     model = copy.deepcopy(detector.model).to(memory_format=torch.contiguous_format)
     side = smallest_side(config)

@@ -1,6 +1,7 @@
 """`python -m pipeline export`."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,5 +32,6 @@ def run_export(args: list[str]) -> None:
     )
     from pipeline.export import export
 
-    export(options.checkpoint, options.format, options.output, print)
+    say = partial(print, flush=True)
+    export(options.checkpoint, options.format, options.output, say)
     print(f"saved {options.output}")
