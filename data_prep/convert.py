@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -90,8 +91,10 @@ def convert(
         if not folder.everywhere and (workers > 1 or ray is not None):
             raise ValueError(f"{folder} is seen by one process only: use --workers 1, no --ray")
     finished = _is_finished(target)
+    _tell(f"reading the annotation file {annotations}")
     with _local_file(annotations) as path, worker_processes(workers) as ordered:
         coco = read_coco(path, ordered, annotations)
+        _tell(f"looking for {len(coco.images)} images in {source}")
         sizes = source.sizes([image.file_name for image in coco.images])
         problems = _problems_before(coco, sizes, source)
         identity = {
@@ -132,6 +135,12 @@ def convert(
             write_manifest(target, manifest)
             target.remove(STATE)
     return Conversion(manifest, problems, fresh=True)
+
+
+def _tell(line: str) -> None:
+    """What takes seconds and has no bar, to who watches."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
 
 
 def _problems_before(coco: CocoFile, sizes: list[int | None], images: Folder) -> list[Problem]:
