@@ -200,6 +200,14 @@ def test_an_interrupted_remote_conversion_keeps_what_is_there(remote, small, sto
     assert downloaded(remote[2]) == on_disk(small.output)
 
 
+def test_what_a_run_killed_at_its_end_left_in_a_store_is_removed(remote, small):
+    convert(*remote, samples_per_shard=4)
+    system, _ = fsspec.core.url_to_fs("flaky://")
+    system.pipe_file("/bucket/shards/.convert/plan.json", b"{}")
+    assert not convert(*remote, samples_per_shard=4).fresh
+    assert downloaded(remote[2]) == on_disk(small.output)
+
+
 def test_md5_of_the_store_is_checked(remote, store):
     folder = RemoteFolder("flaky://bucket/images")
     with pytest.MonkeyPatch.context() as patch:
