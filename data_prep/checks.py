@@ -225,6 +225,15 @@ def record_problems(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "non-finite number", f"{name:.60} is {value!r:.100}"
 
 
+def header_problems(header: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with the top-level members of an annotation file but its two lists."""
+    for key, value in header.items():
+        for row in value if isinstance(value, list) else [value]:
+            record = row if isinstance(row, dict) else {key: row}
+            for kind, detail in record_problems(record):
+                yield Problem(kind, None, None, f"in {key}: {detail}")
+
+
 def non_finite(value: Any) -> bool:
     """Whether a JSON value is or contains NaN, an infinity, or a number beyond the floats."""
     kind = type(value)

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,15 +17,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.checks import Problem, read_report, report
+from data_prep.checks import Problem, header_problems, read_report, report
 from data_prep.coco import CocoFile, category_ids, read_coco
 from data_prep.manifest import NAME, Manifest, data_digest, read_manifest, write_manifest
 from data_prep.parallel import OrderedMap, worker_processes
 from data_prep.plan import Limits, plan_shards, shard_tasks
-from data_prep.storage import TEMPORARY, Folder, LocalFolder, Location, file_at, folder_at
+from data_prep.storage import (
+    TEMPORARY,
+    Facts,
+    Folder,
+    LocalFolder,
+    Location,
+    file_at,
+    folder_at,
+    sizes_of,
+)
 from data_prep.write import STATE, WrittenShard, write_shard
 
 REPORT = "report.json"
+PLAN = f"{STATE}/plan.json"
 QUARANTINE = frozenset(
     (
         "missing image",
@@ -90,35 +101,28 @@ def convert(
         if not folder.everywhere and (workers > 1 or ray is not None):
             raise ValueError(f"{folder} is seen by one process only: use --workers 1, no --ray")
     finished = _is_finished(target)
+    _tell(f"reading the annotation file {annotations}")
     with _local_file(annotations) as path, worker_processes(workers) as ordered:
         coco = read_coco(path, ordered, annotations)
-        sizes = source.sizes([image.file_name for image in coco.images])
+        _tell(f"looking for {len(coco.images)} images in {source}")
+        facts = source.facts([image.file_name for image in coco.images])
+        sizes = sizes_of(facts)
         problems = _problems_before(coco, sizes, source)
-        identity = {
-            "annotations": coco.sha256,
-            "images": _digest(
-                [[i.id, i.file_name, n] for i, n in zip(coco.images, sizes, strict=True)]
-            ),
-            "options": _digest(
-                {
-                    "shard_size_mb": shard_size_mb,
-                    "samples_per_shard": samples_per_shard,
-                    "seed": seed,
-                }
-            ),
+        options = {
+            "shard_size_mb": shard_size_mb,
+            "samples_per_shard": samples_per_shard,
+            "seed": seed,
         }
-        if finished:
-            manifest = _same_or_refuse(target, identity)
-            problems = read_report(target.read(REPORT))
-            _fail_if(strict, problems, target)
-            return Conversion(manifest, problems, fresh=False)
-
-        limits = Limits(shard_size_mb * 2**20, samples_per_shard)
-        with _locked(target):
+        identity = _identity(coco, sizes, options)
+        with nullcontext() if finished else _locked(target):
+            # Another conversion may have finished here while this one was reading.
+            if finished or _is_finished(target):
+                return _done_before(target, identity, strict)
             _begin_or_continue(target, identity)
-            plan = plan_shards(coco, sizes, limits, seed)
+            plan = plan_shards(coco, sizes, Limits(shard_size_mb * 2**20, samples_per_shard), seed)
             with nullcontext(ordered) if ray is None else _on_ray(ray) as spread:
-                shards = _write_shards(coco, sizes, plan, source, target, spread)
+                shards = _write_shards(coco, facts, plan, source, target, spread)
+            _refuse_absent(shards, target)
             problems += [problem for shard in shards for problem in shard.problems]
             problems.sort(key=lambda p: (p.kind, p.image_id or 0))
             if not any(shard.columns["id"] for shard in shards):
@@ -130,13 +134,43 @@ def convert(
             target.write(REPORT, report(problems))
             _fail_if(strict, problems, target)
             write_manifest(target, manifest)
-            target.remove(STATE)
+    # Network file systems keep a folder in which a file is open, as the lock was.
+    target.remove(STATE)
     return Conversion(manifest, problems, fresh=True)
+
+
+def _tell(line: str) -> None:
+    """What takes seconds and has no bar, to who watches."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
+
+
+def _identity(coco: CocoFile, sizes: list[int | None], options: dict[str, int]) -> dict[str, str]:
+    """Digests of the annotation file, of the image names and sizes, and of the options."""
+    images = [[i.id, i.file_name, n] for i, n in zip(coco.images, sizes, strict=True)]
+    return {"annotations": coco.sha256, "images": _digest(images), "options": _digest(options)}
+
+
+def _done_before(output: Folder, identity: dict[str, str], strict: bool) -> Conversion:
+    manifest = _same_or_refuse(output, identity)
+    with _naming(output, REPORT):
+        problems = read_report(output.read(REPORT))
+    _fail_if(strict, problems, output)
+    return Conversion(manifest, problems, fresh=False)
+
+
+@contextmanager
+def _naming(output: Folder, name: str) -> Iterator[None]:
+    """Say which of our own files it is that cannot be read, and what helps."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError):
+        raise ValueError(f"{output}/{name} is damaged; remove {output} and convert again") from None
 
 
 def _problems_before(coco: CocoFile, sizes: list[int | None], images: Folder) -> list[Problem]:
     """What is wrong judging by the annotation file and the list of image files."""
-    problems = list(coco.problems)
+    problems = [*coco.problems, *header_problems(coco.header)]
     problems += [
         Problem(
             "duplicate image id", image.id, None, f"{image.file_name!r}: id {image.id} is taken"
@@ -193,16 +227,27 @@ def _locked(output: Folder) -> Iterator[None]:
             raise ValueError(
                 f"another conversion is writing to {output}; wait for it or stop it"
             ) from None
-        for left in state.glob(f"*{TEMPORARY}"):  # by a killed run
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_torn(output.path)
         yield
 
 
+def _remove_torn(output: Path) -> None:
+    """Remove what a killed run had begun to write."""
+    for pattern in (f"{STATE}/*{TEMPORARY}", *(f"{name}.*{TEMPORARY}" for name in (NAME, REPORT))):
+        for left in output.glob(pattern):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
 def _begin_or_continue(output: Folder, identity: dict[str, str]) -> None:
-    name = f"{STATE}/plan.json"
-    if output.sizes([name]) == [None]:
-        output.write(name, json.dumps(identity).encode())
-    elif json.loads(output.read(name)) != identity:
+    if output.sizes([PLAN]) == [None]:
+        output.write(PLAN, json.dumps(identity).encode())
+        return
+    with _naming(output, PLAN):
+        begun = json.loads(output.read(PLAN))
+    if begun != identity:
         raise ValueError(
             f"output {output} holds an unfinished conversion of other input or options; "
             "choose another folder or remove it"
@@ -219,7 +264,7 @@ def _fail_if(strict: bool, problems: list[Problem], output: Folder) -> None:
 
 
 def _is_finished(output: Folder) -> bool:
-    """Whether there is a manifest.
+    """Whether there is a manifest. What was there before it goes then.
 
     Raises:
         ValueError: the folder is neither empty nor a finished or unfinished one of ours.
@@ -229,6 +274,8 @@ def _is_finished(output: Folder) -> bool:
         raise ValueError(
             f"output {output} holds something else ({min(names)}); choose a new or empty folder"
         )
+    if {NAME, STATE} <= names:  # killed between the two, or just ending
+        output.remove(STATE)
     return NAME in names
 
 
@@ -256,14 +303,14 @@ def _digest(content: Any) -> str:
 
 def _write_shards(
     coco: CocoFile,
-    sizes: list[int | None],
+    facts: list[Facts | None],
     plan: list[list[int]],
     images: Folder,
     output: Folder,
     ordered: OrderedMap,
 ) -> list[WrittenShard]:
     categories = frozenset(category_ids(coco.header["categories"], coco.origin))
-    tasks = shard_tasks(coco, sizes, plan, images, output, categories)
+    tasks = shard_tasks(coco, facts, plan, images, output, categories)
     shards: list[WrittenShard] = []
     total = sum(len(members) for members in plan)
     with tqdm(total=total, desc="convert", unit="image", disable=None) as bar:
@@ -271,6 +318,19 @@ def _write_shards(
             bar.update(len(plan[len(shards)]))
             shards.append(shard)
     return shards
+
+
+def _refuse_absent(shards: list[WrittenShard], output: Folder) -> None:
+    """A shard that was written and is not here went to another disk of the same name."""
+    sizes = output.sizes([shard.name for shard in shards])
+    for shard, size in zip(shards, sizes, strict=True):
+        if size != shard.bytes:
+            got = "no file" if size is None else f"{size} bytes"
+            raise ValueError(
+                f"{output}/{shard.name}: got {got}, expected the {shard.bytes} bytes that were "
+                "written; do all nodes see the same storage under this path? Choose an --output "
+                "that they share, or leave --ray out"
+            )
 
 
 def _manifest(

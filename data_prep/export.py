@@ -58,12 +58,17 @@ def export(shards: Location, output: Location) -> Manifest:
         output: file to write; path or fsspec URL.
 
     Raises:
-        ValueError: `output` exists, or the shards are incomplete or damaged.
+        ValueError: `output` exists or names no file, or the shards are incomplete or damaged.
     """
     folder = folder_at(shards)
     manifest = read_manifest(shards)
     target, name = file_at(output)
-    if name in (target.names() or ()):
+    there = target.names() or ()
+    if name in ("", ".", ".."):
+        raise ValueError(
+            f"--output: got {str(output)!r}, expected the name of a file, such as instances.json"
+        )
+    if name in there:
         raise ValueError(f"{output} exists already; remove it or choose another --output")
     with (
         target.new_file(name, ".") as path,

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.coco import CocoFile
 from data_prep.shards import END, member_length
-from data_prep.storage import Folder
+from data_prep.storage import Facts, Folder, absolute
 from data_prep.write import Item, Task
 
 
@@ -58,23 +58,24 @@ def plan_shards(
 
 def shard_tasks(
     coco: CocoFile,
-    sizes: Sequence[int | None],
+    facts: Sequence[Facts | None],
     plan: Sequence[Sequence[int]],
     images: Folder,
     output: Folder,
     categories: frozenset[int],
 ) -> Iterator[Task]:
     """What to write for each shard; made one at a time, for it holds all records of a shard."""
+    images, output = absolute(images), absolute(output)  # Ray's workers run where Ray was started
     for number, members in enumerate(plan):
         items = []
         for image in members:
-            record, size = coco.images[image], sizes[image]
-            assert size is not None
+            record, file = coco.images[image], facts[image]
+            assert file is not None
             items.append(
                 Item(
                     record.id,
                     record.file_name,
-                    size,
+                    file,
                     record.width,
                     record.height,
                     coco.sample_json(image),

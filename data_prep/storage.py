@@ -1,12 +1,13 @@
 """Folders to read from and write to: local ones, and fsspec URLs such as s3:// and gs://.
 
-A local path or file:// URL is used as it is. Any other URL goes through fsspec, the library that
-every object store has a driver for: transient errors are tried again with growing pauses, and
-what arrives is compared by size, and by MD5 where the store gives one. (An S3 ETag is none: it
-depends on parts and encryption.)
+A local path is used as it is, and what follows file:// is one, letter by letter. Any other URL goes
+through fsspec, the library that every object store has a driver for: transient errors are tried
+again with growing pauses, and what arrives is compared by size, and by MD5 where the store gives
+one. (An S3 ETag is none: it depends on parts and encryption.)
 """
 
 import base64
+import errno
 import hashlib
 import os
 import posixpath
@@ -17,12 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 Location = str | os.PathLike[str]  # a path, or a URL
 Result = TypeVar("Result")
@@ -36,6 +37,31 @@ FINAL = (
     NotImplementedError, ImportError, ValueError, TypeError, LookupError, AttributeError,
 )  # fmt: skip
 TRANSIENT_STATUS = (408, 429)
+# Of a name below a folder that is there: there is no such file, or it is not for this user.
+ABSENT = frozenset(
+    (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+        errno.EILSEQ,
+    )
+)
+
+
+class Facts(NamedTuple):
+    """What a listing says of a file: its bytes, and its MD5 where a store gives one."""
+
+    size: int
+    md5: bytes | None = None
+
+
+def sizes_of(facts: Sequence[Facts | None]) -> list[int | None]:
+    """Bytes of each file; None for what is none."""
+    return [None if file is None else file.size for file in facts]
 
 
 @dataclass(frozen=True)
@@ -60,16 +86,24 @@ class LocalFolder:
             raise ValueError(f"{self.path} is a file; choose a folder")
         return set(os.listdir(self.path))
 
-    def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Bytes of each file; None for what is no file inside the folder."""
-        root = os.path.abspath(self.path)
-        return [_local_size(root, name) for name in names]
+    def facts(self, names: Sequence[str]) -> list[Facts | None]:
+        """What is known of each file; None for what is no file inside the folder.
 
-    def read(self, name: str, size: int | None = None) -> bytes:
-        """A whole file. `size` is what it had when it was listed."""
+        Raises:
+            OSError: the file system fails, which says nothing about the file.
+        """
+        root = os.path.abspath(self.path)
+        return [_local_facts(root, name) for name in names]
+
+    def sizes(self, names: Sequence[str]) -> list[int | None]:
+        """Bytes of each file, as `facts` has them."""
+        return sizes_of(self.facts(names))
+
+    def read(self, name: str, facts: Facts | None = None) -> bytes:
+        """A whole file. `facts` are those of when it was listed."""
         descriptor = os.open(os.path.join(self.path, name), os.O_RDONLY)
         try:
-            parts = [os.read(descriptor, (size or 0) + 1)]
+            parts = [os.read(descriptor, (facts.size if facts else 0) + 1)]
             while parts[-1]:
                 parts.append(os.read(descriptor, 2**20))
             return parts[0] if len(parts) == 2 else b"".join(parts)
@@ -77,11 +111,14 @@ class LocalFolder:
             os.close(descriptor)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file so that `name` never holds a part of it."""
+        """Write a file so that `name` never holds a part of it, after a power cut neither."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or the new name may reach the disk before the content
         os.replace(temporary, path)
 
     @contextmanager
@@ -100,8 +137,8 @@ class LocalFolder:
         yield self.path / name
 
     def remove(self, name: str) -> None:
-        """Remove a subfolder with all in it."""
-        shutil.rmtree(self.path / name)
+        """Remove a subfolder with all in it, as far as that can be."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -136,12 +173,16 @@ class RemoteFolder:
         return not {"memory"} & self._protocols
 
     @property
+    def _is_http(self) -> bool:
+        return bool({"http", "https"} & self._protocols)
+
+    @property
     def _protocols(self) -> set[str]:
         protocol = self._opened[0].protocol
         return {protocol} if isinstance(protocol, str) else set(protocol)
 
     def names(self) -> set[str] | None:
-        if {"http", "https"} & self._protocols:
+        if self._is_http:
             raise ValueError(
                 f"{self.url} cannot be listed or written to; use a store such as s3://"
             )
@@ -152,27 +193,29 @@ class RemoteFolder:
         paths = {path.rstrip("/") for path in found} - {self._opened[1]}  # S3 may list itself
         return {path.rpartition("/")[2] for path in paths} or None
 
-    def sizes(self, names: Sequence[str]) -> list[int | None]:
+    def facts(self, names: Sequence[str]) -> list[Facts | None]:
         listed: dict[str, Any] = {}
-        if not {"http", "https"} & self._protocols:
+        if not self._is_http:
             _, root = self._opened
             found = self._tried("", lambda system, path: system.find(path, detail=True))
             listed = {path[len(root) :].lstrip("/"): row for path, row in found.items()}
 
-        def size(name: str) -> int | None:
-            if not _is_inside(name):
+        def known(name: str) -> Facts | None:
+            if not _is_inside(name) or (listed and name not in listed):
                 return None
-            if name in listed and listed[name].get("size") is not None:
-                return int(listed[name]["size"])
-            return None if listed else self._size(name)
+            size, md5 = _facts(listed.get(name, {}))
+            return self._asked(name) if size is None else Facts(size, md5)
 
         with ThreadPoolExecutor(THREADS) as threads:
-            return list(threads.map(size, names))
+            return list(threads.map(known, names))
 
-    def read(self, name: str, size: int | None = None) -> bytes:
+    def sizes(self, names: Sequence[str]) -> list[int | None]:
+        return sizes_of(self.facts(names))
+
+    def read(self, name: str, facts: Facts | None = None) -> bytes:
         def download(system: Any, path: str) -> bytes:
             data: bytes = system.cat_file(path)
-            expected, md5 = (size, None) if size is not None else _facts(system.info(path))
+            expected, md5 = _facts(system.info(path)) if facts is None else facts
             _compare(expected, md5, len(data), lambda: hashlib.md5(data).digest())
             return data
 
@@ -214,21 +257,25 @@ class RemoteFolder:
             yield local
 
     def remove(self, name: str) -> None:
-        self._tried(name, lambda system, path: system.rm(path, recursive=True))
+        with suppress(FileNotFoundError):
+            self._tried(name, lambda system, path: system.rm(path, recursive=True))
 
-    def _size(self, name: str) -> int | None:
+    def _asked(self, name: str) -> Facts | None:
         try:
             info = self._tried(name, lambda system, path: system.info(path))
         except FileNotFoundError:
             return None
         if info["type"] != "file":
             return None
+        size, md5 = _facts(info)
         # A server that does not tell the size: only the content does.
-        return int(info["size"]) if info.get("size") is not None else len(self.read(name))
+        return Facts(len(self.read(name)) if size is None else size, md5)
 
     def _tried(self, name: str, action: Callable[[Any, str], Result]) -> Result:
         system, root = self._opened
-        path = f"{root}/{name}" if name else root
+        # Of a web address the root is one already; a name is that of a file, with any character.
+        below = quote(name) if self._is_http else name
+        path = f"{root}/{below}" if name else root
         for pause in (*PAUSES, None):
             try:
                 system.invalidate_cache()
@@ -251,23 +298,61 @@ Folder = LocalFolder | RemoteFolder
 
 
 def folder_at(location: Location) -> Folder:
-    """The folder of a path or URL; nothing is opened yet."""
+    """The folder of a path or URL; nothing is opened yet.
+
+    Raises:
+        ValueError: a file:// URL of another machine.
+    """
     text = os.fspath(location)
-    if "://" not in text:
-        return LocalFolder(Path(text))
-    url = urlsplit(text)
-    if url.scheme in ("file", "local"):
-        return LocalFolder(Path(unquote(url.netloc + url.path)))
-    return RemoteFolder(text.rstrip("/"))
+    path = _local_path(text)
+    return RemoteFolder(text.rstrip("/")) if path is None else LocalFolder(Path(path))
+
+
+def absolute(folder: Folder) -> Folder:
+    """The folder by a name that holds in processes with another working directory, too."""
+    return LocalFolder(folder.path.absolute()) if isinstance(folder, LocalFolder) else folder
 
 
 def file_at(location: Location) -> tuple[Folder, str]:
-    """The folder of a file and its name in it."""
-    parent, name = os.path.split(os.fspath(location))
-    return folder_at(parent), name
+    """The folder of a file and its name in it, which is empty if the location ends in a slash.
+
+    A web address may have more than a name at its end (`?`, `%20`): it is a folder whole, and the
+    file is the one of the empty name in it.
+
+    Raises:
+        ValueError: a URL without a folder, or a file:// URL of another machine.
+    """
+    text = os.fspath(location)
+    path = _local_path(text)
+    if path is not None:
+        parent, name = os.path.split(path)
+        return LocalFolder(Path(parent)), name
+    if text.lower().startswith(("http://", "https://")):
+        return RemoteFolder(text), ""
+    parent, _, name = text.rpartition("/")
+    if parent.endswith(":/"):
+        raise ValueError(f"got {text}, expected the URL of a file, such as {parent}/bucket/file")
+    return RemoteFolder(parent), name
 
 
-def _local_size(root: str, name: str) -> int | None:
+def _local_path(text: str) -> str | None:
+    """The path of a location; None of a URL that is not a local one."""
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return text
+    if scheme.lower() not in ("file", "local"):
+        return None
+    # As fsspec does, so that training takes the same URL: no character has a meaning of its own.
+    path = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
+    if not path.startswith("/"):
+        raise ValueError(
+            f"{text}: got {path.partition('/')[0]!r} behind {scheme}://, expected an absolute "
+            f"path, such as {scheme}:///data"
+        )
+    return path
+
+
+def _local_facts(root: str, name: str) -> Facts | None:
     try:
         path = f"{root}/{name}"
         if "/" in name or name in (".", ".."):
@@ -275,9 +360,13 @@ def _local_size(root: str, name: str) -> int | None:
             if os.path.commonpath((root, path)) != root:
                 return None
         found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a name with a NUL or a lone surrogate
+    except ValueError:  # a name with a NUL or a lone surrogate
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+    return Facts(found.st_size) if stat.S_ISREG(found.st_mode) else None
 
 
 def _is_inside(name: str) -> bool:

@@ -14,6 +14,7 @@ from data_prep.checks import (
     UnsupportedImage,
     annotation_problems,
     decode_image,
+    header_problems,
     read_image_header,
     record_problems,
     size_mismatch,
@@ -103,6 +104,7 @@ def verify(shards: Location, *, decode: bool = False, workers: int = 1) -> list[
         Problem("annotation without image", None, row.get("id"), "kept in the manifest")
         for row in manifest.orphan_annotations
     ]
+    problems += header_problems(manifest.header)
     orphans = [row.get("id") for row in manifest.orphan_annotations]
     seen = {number for number in orphans if type(number) is int}
     with tqdm(total=len(rows), desc="verify", unit="image", disable=None) as bar:

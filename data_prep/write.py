@@ -1,5 +1,6 @@
 """Writing one shard, as one task of a conversion: in any process, on any machine."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,21 +17,25 @@ from data_prep.checks import (
     record_problems,
     size_mismatch,
 )
+from data_prep.machine_errors import REMEDIES
 from data_prep.shards import BLOCK, END, member_header, sample_key
-from data_prep.storage import Folder, LocalFolder
+from data_prep.storage import Facts, Folder, LocalFolder
 
 STATE = ".convert"  # in an unfinished output: what is converted, and one result a finished shard
+# What opening or reading says of the image file itself, and will say again. All else (a stale
+# handle, no descriptors or memory left, a failing disk) is the machine's trouble and may pass.
+OF_THE_FILE = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG))
 
 
 class Item(NamedTuple):
-    """A sample to be written: `record` is its KEY.json, `size` the bytes of the image file.
+    """A sample to be written: `record` is its KEY.json, `facts` those of the image file.
 
     `suspect` says that the annotations have to be looked at; of the others nothing is wrong.
     """
 
     id: int
     file_name: str
-    size: int
+    facts: Facts
     width: Any
     height: Any
     record: bytes
@@ -63,11 +68,13 @@ class WrittenShard:
 def write_shard(task: Task) -> WrittenShard:
     """Write `task.name`.tar and then its result file; do nothing if both are there.
 
-    Nothing is forced to the disk, as `tar` and `cp` do not either. So after a power cut a shard
-    may be there without its content, and one that is there is hashed before it is relied on.
+    A shard is not forced to the disk, as `tar` and `cp` do not either. So after a power cut it may
+    be there without its content, and one that is there is hashed before it is relied on. In a
+    store its size is enough: an upload is whole or absent, and was compared when it was made.
 
     Raises:
-        OSError: writing fails, or a remote store does.
+        OSError: writing fails, or reading does for a reason that is none of the image's, or a
+            remote store does.
     """
     result = f"{STATE}/{task.name}.json"
     finished = _finished(task.output, f"{task.name}.tar", result)
@@ -84,16 +91,17 @@ def _finished(output: Folder, name: str, result: str) -> WrittenShard | None:
         return None
     try:
         content = json.loads(output.read(result))
-    except (FileNotFoundError, ValueError):
-        return None
-    if output.sizes([name]) != [content["bytes"]]:
+        problems = [Problem(*row) for row in content.pop("problems")]
+        shard = WrittenShard(**content, problems=problems)
+    except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError):
+        return None  # a damaged one is as good as none
+    if output.sizes([name]) != [shard.bytes]:
         return None
     if isinstance(output, LocalFolder):
         with (output.path / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != content["sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 return None
-    content["problems"] = [Problem(*row) for row in content["problems"]]
-    return WrittenShard(**content)
+    return shard
 
 
 def _write_tar(task: Task, path: Path) -> WrittenShard:
@@ -153,12 +161,12 @@ def _read_image(task: Task, item: Item) -> tuple[bytes | None, str, tuple[int, i
         return None, "", (0, 0), [Problem(kind, item.id, None, why)]
 
     try:
-        data = task.images.read(item.file_name, item.size)
-    except FileNotFoundError:
-        return left_out("missing image", f"{item.file_name!r} vanished meanwhile")
+        data = task.images.read(item.file_name, item.facts)
     except ConnectionError:
-        raise  # the store's trouble says nothing about the image
+        raise  # it names the file and the tries
     except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise _not_of_the_file(task, item, error) from None
         return left_out("corrupt image", f"{item.file_name!r}: {error.strerror}")
     try:
         header = read_image_header(data)
@@ -173,6 +181,21 @@ def _read_image(task: Task, item: Item) -> tuple[bytes | None, str, tuple[int, i
     if mismatch:
         return left_out("size mismatch", mismatch)
     return data, header.extension, size, []
+
+
+def _not_of_the_file(task: Task, item: Item, error: OSError) -> OSError:
+    """An error that stops the conversion, as a line."""
+    where = f"{task.images}/{item.file_name}"
+    if isinstance(error, FileNotFoundError):
+        return OSError(
+            f"{where} vanished after the images were listed: put it back and run the same command "
+            f"again, which goes on where it stopped; or remove {task.output} and convert without it"
+        )
+    remedy = REMEDIES.get(error.errno or 0)
+    return OSError(
+        f"cannot read {where}: {error.strerror or error}{f'; {remedy}' if remedy else ''}; no "
+        "image is left out for this, and the same command goes on where it stopped"
+    )
 
 
 def _annotation_problems(

@@ -1,7 +1,10 @@
 import io
 import json
+import os
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -92,5 +95,29 @@ def command():
             cwd=cwd,
             timeout=120,
         )
+
+    return run
+
+
+@pytest.fixture
+def terminal():
+    """`terminal(*arguments)` runs python -m data_prep before a terminal: what stderr showed there.
+
+    The command must end well.
+    """
+
+    def run(*arguments):
+        ours, theirs = os.openpty()
+        termios.tcsetwinsize(ours, (24, 120))
+        words = [sys.executable, "-m", "data_prep", *map(str, arguments)]
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # EIO is how Linux ends a terminal that nobody writes to
+            while part := os.read(ours, 2**16):
+                shown += part
+        os.close(ours)
+        assert process.wait(timeout=120) == 0, shown
+        return shown.decode()
 
     return run

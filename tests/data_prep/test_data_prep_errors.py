@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from data_prep.coco import read_coco
 from data_prep.convert import convert
+from data_prep.export import export
 from data_prep.parallel import ordered_map
 
 
@@ -96,6 +98,21 @@ def test_an_unwritable_place_is_named(small, command, tmp_path):
     small()
     (tmp_path / "file").write_text("")
     fails(run_convert(command, small, output=tmp_path / "file" / "below"), "Not a directory")
+
+
+@pytest.mark.parametrize("output", ["", ".", "folder/", "missing/", "folder/.."])
+def test_an_export_needs_the_name_of_a_file(small, command, tmp_path, monkeypatch, output):
+    small()
+    convert(*small.arguments)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    line = f"--output: got {output!r}, expected the name of a file, such as instances.json"
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        export(small.output, output)
+    with pytest.raises(ValueError, match=r"^folder exists already; remove it or choose another"):
+        export(small.output, "folder")
+    if output == "":
+        fails(command("export", small.output, "--output", output), line)
 
 
 GOOD_IMAGES = '"images": [{"id": 1, "file_name": "a"}]'

@@ -61,6 +61,31 @@ def test_a_cluster_of_two_nodes_writes_the_same_bytes(small, tmp_path, no_token)
         cluster.shutdown()
 
 
+def test_folders_by_relative_names_are_those_of_the_command(small, tmp_path, no_token, monkeypatch):
+    """Ray's workers run where Ray was started, which is elsewhere."""
+    small(3)
+    convert(*small.arguments)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        monkeypatch.chdir(tmp_path)
+        names = (small.images.name, small.annotations.name, "from ray")
+        convert(*names, ray=cluster.address)
+    finally:
+        cluster.shutdown()
+    assert contents(tmp_path / "from ray") == contents(small.output)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_bar_shows_how_far_the_cluster_is(small, terminal, tmp_path, no_token):
+    small(5)
+    shown = terminal(*arguments(small, tmp_path / "local", "local"))
+    assert "convert:   0%|" in shown
+    assert "convert: 100%|" in shown
+    assert " 5/5 [" in shown
+
+
 def test_the_command_starts_a_cluster_of_its_own_or_names_the_missing_one(
     small, command, tmp_path, no_token
 ):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from data_prep.checks import FORMATS, TruncatedImage, decode_image, read_image_header
 from data_prep.convert import convert
+from data_prep.export import export
 from data_prep.manifest import COLUMNS, read_manifest
 from data_prep.verify import verify
 
@@ -378,6 +379,25 @@ def test_every_kind_of_problem_is_reported_and_only_unusable_images_are_left_out
     assert again == left_out | {row for row in found if row[0] not in reasons} - {
         ("duplicate image id", 15, None)
     }
+
+
+def test_numbers_at_the_top_of_the_file_that_are_none_are_reported(small, tmp_path):
+    content = small(1)
+    content["info"]["version"] = float("nan")
+    content["categories"][1]["weight"] = [1.0, float("-inf")]
+    content["mean"] = [0.5, float("nan")]
+    content["scale"] = 1
+    small.save(content)
+    expected = [
+        ("in categories: weight is [1.0, -inf]", None, None),
+        ("in info: version is nan", None, None),
+        ("in mean: mean is nan", None, None),
+    ]
+    for problems in (convert(*small.arguments).problems, verify(small.output)):
+        assert {p.kind for p in problems} == {"non-finite number"}
+        assert sorted((p.detail, p.image_id, p.annotation_id) for p in problems) == expected
+    export(small.output, tmp_path / "out.json")
+    assert repr(json.loads((tmp_path / "out.json").read_text())) == repr(content)
 
 
 def script(name):

@@ -1,11 +1,17 @@
 """Folders behind URLs: the same shards, through errors, and nothing half read or half written."""
 
+import base64
 import functools
+import hashlib
 import http.server
 import json
+import re
 import threading
 from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
+from urllib.parse import unquote
 
 import fsspec
 import pytest
@@ -16,7 +22,7 @@ from data_prep.convert import convert
 from data_prep.export import export
 from data_prep.manifest import read_manifest
 from data_prep.stats import collect
-from data_prep.storage import LocalFolder, RemoteFolder, folder_at
+from data_prep.storage import LocalFolder, RemoteFolder, file_at, folder_at
 from data_prep.verify import verify
 
 
@@ -29,6 +35,8 @@ class FlakyStore(MemoryFileSystem):
     failures: ClassVar = {}  # of each operation, how many more will fail
     pauses: ClassVar = []
     torn = 0  # transfers that will lose a byte
+    flipped = 0  # downloads in which a bit will change
+    md5 = False  # whether listings tell it, as those of Google's store do
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -46,6 +54,9 @@ class FlakyStore(MemoryFileSystem):
         if type(self).torn:
             type(self).torn -= 1
             return data[:-1]
+        if type(self).flipped:
+            type(self).flipped -= 1
+            return data[:-1] + bytes([data[-1] ^ 1])
         return data
 
     def put_file(self, source, path, **options):
@@ -61,7 +72,16 @@ class FlakyStore(MemoryFileSystem):
 
     def find(self, path, **options):
         self._count("find")
-        return super().find(path, **options)
+        found = super().find(path, **options)
+        if self.md5 and options.get("detail"):
+            for name, row in found.items():
+                digest = hashlib.md5(self.store[name].getvalue()).digest()
+                row["md5Hash"] = base64.b64encode(digest).decode()
+        return found
+
+    def info(self, path, **options):
+        self.calls[f"info of {path.rpartition('.')[2]}"] += 1
+        return super().info(path, **options)
 
 
 @pytest.fixture
@@ -70,7 +90,8 @@ def store(monkeypatch):
     for name in ("store", "failures"):
         monkeypatch.setattr(FlakyStore, name, {})
     monkeypatch.setattr(FlakyStore, "calls", Counter())
-    monkeypatch.setattr(FlakyStore, "torn", 0)
+    for name, value in (("torn", 0), ("flipped", 0), ("md5", False)):
+        monkeypatch.setattr(FlakyStore, name, value)
     monkeypatch.setattr(FlakyStore, "pauses", [])
     monkeypatch.setattr(storage.time, "sleep", FlakyStore.pauses.append)
     return FlakyStore
@@ -179,6 +200,14 @@ def test_an_interrupted_remote_conversion_keeps_what_is_there(remote, small, sto
     assert downloaded(remote[2]) == on_disk(small.output)
 
 
+def test_what_a_run_killed_at_its_end_left_in_a_store_is_removed(remote, small):
+    convert(*remote, samples_per_shard=4)
+    system, _ = fsspec.core.url_to_fs("flaky://")
+    system.pipe_file("/bucket/shards/.convert/plan.json", b"{}")
+    assert not convert(*remote, samples_per_shard=4).fresh
+    assert downloaded(remote[2]) == on_disk(small.output)
+
+
 def test_md5_of_the_store_is_checked(remote, store):
     folder = RemoteFolder("flaky://bucket/images")
     with pytest.MonkeyPatch.context() as patch:
@@ -191,6 +220,19 @@ def test_md5_of_the_store_is_checked(remote, store):
             pass
         folder.write("empty", b"")
         assert folder.read("empty") == b""
+
+
+def test_the_md5_that_a_listing_tells_is_compared_for_every_image(remote, small, store):
+    """Without a request for each."""
+    store.md5, store.flipped = True, 4
+    convert(*remote, samples_per_shard=4)
+    assert store.flipped == 0
+    assert downloaded(remote[2]) == on_disk(small.output)
+    assert store.calls["info of jpg"] == 0
+    store.flipped = 1000
+    message = r"flaky://bucket/images/\d\.jpg failed, at each of 6 tries: EOFError: the MD5 of \d+"
+    with pytest.raises(ConnectionError, match=message):
+        convert(*remote[:2], "flaky://bucket/other")
 
 
 def test_missing_remote_images_and_names_are_problems(remote, small, store):
@@ -206,14 +248,60 @@ def test_missing_remote_images_and_names_are_problems(remote, small, store):
     assert result.manifest.num_images == 8
 
 
-def test_file_urls_are_local_paths(small, tmp_path):
+@pytest.mark.parametrize("name", ["with space", "with%20space", "hash#1", "really?", "a:b"])
+@pytest.mark.parametrize("scheme", ["file://", "local://", "file://localhost", "FILE://"])
+def test_what_follows_file_is_a_path_letter_by_letter(tmp_path, scheme, name):
+    path = tmp_path / name
+    assert folder_at(f"{scheme}{path}") == LocalFolder(path)
+    assert file_at(f"{scheme}{path}") == (LocalFolder(tmp_path), name)
+    if scheme not in ("file://localhost", "FILE://"):  # which fsspec takes for paths here
+        assert fsspec.core.url_to_fs(f"{scheme}{path}")[1] == str(path)
+
+
+def test_the_root_folder_has_files_too():
+    assert file_at("file:///a.json") == (LocalFolder(Path("/")), "a.json")
+    assert file_at("/a.json") == (LocalFolder(Path("/")), "a.json")
+
+
+def test_file_urls_give_the_same_bytes(small, tmp_path):
     small()
-    odd = tmp_path / "with space"
-    urls = [f"file://{path}".replace(" ", "%20") for path in (*small.arguments[:2], odd)]
-    assert folder_at(urls[2]) == LocalFolder(odd)
-    convert(*urls)
+    odd = tmp_path / "50% #1"
+    convert(*(f"file://{path}" for path in (*small.arguments[:2], odd)))
     convert(*small.arguments)
     assert on_disk(odd) == on_disk(small.output)
+
+
+@pytest.mark.parametrize("url", ["file://host/x", "local://host/x", "file://x", "file://./x"])
+def test_a_file_url_of_another_machine_is_refused(small, tmp_path, monkeypatch, url):
+    small()
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    scheme, _, rest = url.partition("://")
+    got = f"{url}: got {rest.partition('/')[0]!r} behind {scheme}://"
+    line = re.escape(f"{got}, expected an absolute path, such as {scheme}:///data")
+    for place in range(3):
+        locations = list(small.arguments)
+        locations[place] = url
+        with pytest.raises(ValueError, match=f"^{line}$"):
+            convert(*locations)
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        verify(url)
+    assert set(tmp_path.rglob("*")) == before
+
+
+@contextmanager
+def served(folder, handler):
+    """The address of a server of this machine for what is in the folder."""
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler, directory=folder)
+    ) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_http_serves_images_and_annotations(small, store):
@@ -234,27 +322,53 @@ def test_http_serves_images_and_annotations(small, store):
             pass
 
     folder = small.images.parent
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Handler, directory=folder)
-    ) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            url = f"http://127.0.0.1:{server.server_address[1]}"
-            output = folder / "from http"
-            convert(f"{url}/images", f"{url}/annotations.json", output, workers=2)
-            (small.images / "2.jpg").unlink()
-            again = convert(f"{url}/images", f"{url}/annotations.json", folder / "again")
-            with pytest.raises(ValueError, match="cannot be listed or written to"):
-                convert(*small.arguments[:2], f"{url}/shards")
-        finally:
-            server.shutdown()
-            thread.join()
+    output = folder / "from http"
+    with served(folder, Handler) as url:
+        convert(f"{url}/images", f"{url}/annotations.json", output, workers=2)
+        (small.images / "2.jpg").unlink()
+        again = convert(f"{url}/images", f"{url}/annotations.json", folder / "again")
+        with pytest.raises(ValueError, match="cannot be listed or written to"):
+            convert(*small.arguments[:2], f"{url}/shards")
+        with pytest.raises(ValueError, match="cannot be listed or written to"):
+            export(output, f"{url}/out.json")
     assert answers["GET"] >= 8
     assert [(p.kind, p.image_id) for p in again.problems] == [("missing image", 12)]
     small(6)
     convert(*small.arguments)
     assert on_disk(output) == on_disk(small.output)
+
+
+def test_names_with_any_character_are_found_over_http(small, tmp_path):
+    """An address is given as it is in a browser; a name is that of a file, whatever is in it."""
+    content = small(8)
+    names = (
+        "a#1.jpg", "b?c.jpg", "100%.jpg", "%41.jpg", "d e.jpg", "f%20g.jpg", "ü&=+;:@.jpg",
+        "h#/i?.jpg",
+    )  # fmt: skip
+    for i, name in enumerate(names):
+        path = small.images / name
+        path.parent.mkdir(exist_ok=True)
+        (small.images / f"{i}.jpg").rename(path)
+        content["images"][i]["file_name"] = name
+    small.save(content)
+    small.images.rename(tmp_path / "my images")
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def send_head(self):
+            asked.append(self.path)
+            return super().send_head()
+
+        def log_message(self, *arguments):
+            pass
+
+    with served(tmp_path, Handler) as url:
+        result = convert(f"{url}/my%20images", f"{url}/annotation%73.json?version=2", small.output)
+    assert (result.problems, result.manifest.num_images) == ([], 8)
+    assert "/annotations.json?version=2" in asked
+    assert {f"/my images/{name}" for name in names} <= {unquote(path) for path in asked}
+    convert(tmp_path / "my images", small.annotations, tmp_path / "local")
+    assert on_disk(small.output) == on_disk(tmp_path / "local")
 
 
 def test_mistakes_are_named(small, remote):
@@ -270,3 +384,5 @@ def test_mistakes_are_named(small, remote):
         convert(small.images, "flaky://bucket/none.json", small.output)
     with pytest.raises(ValueError, match="is not a folder of shards"):
         verify("flaky://bucket/images")
+    with pytest.raises(ValueError, match=r"got memory://a\.json, expected the URL of a file"):
+        convert(small.images, "memory://a.json", small.output)
