@@ -9,6 +9,9 @@ runs `tar` and `data_prep convert` in turn. Every product is removed after its r
 the input, so that a second run starts at once. Links share their data: a reader finds it in the
 page cache, whichever program it is. With --cold the input is put out of that cache before each
 run, as that of a new data set is, which with 19 GB seldom fits.
+
+Ends with status 1 where convert takes more memory or time than --most-gib and --most-ratio allow,
+or where its result depends on the number of workers, for which a last conversion has one more.
 """
 
 import argparse
@@ -191,6 +194,19 @@ def evict(folder: Path) -> None:
         os.close(descriptor)
 
 
+def complaints(peak: float, ratio: float, results: set[bytes], options: argparse.Namespace) -> str:
+    """A line for each limit that is passed. peak: GiB; ratio: of seconds; results: the manifests,
+    which have the SHA-256 of every shard."""
+    lines = []
+    if peak > options.most_gib:
+        lines.append(f"peak memory: got {peak:.2f} GiB, expected {options.most_gib:.2f} or less")
+    if ratio > options.most_ratio:
+        lines.append(f"convert / tar: got {ratio:.2f}, expected {options.most_ratio:.2f} or less")
+    if len(results) > 1:
+        lines.append(f"convert again: got {len(results)} different results, expected the same")
+    return "\n".join(lines)
+
+
 def rounded(values: list[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in sorted(values))
 
@@ -204,6 +220,8 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="input not in the page cache")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--most-gib", type=float, default=3.0, help="peak memory of convert")
+    parser.add_argument("--most-ratio", type=float, default=1.5, help="median of convert / tar")
     options = parser.parse_args()
     folder: Path = options.folder
     if not folder.exists():
@@ -214,6 +232,7 @@ def main() -> None:
     print(f"{options.images} images, {files / 1e9:.2f} GB; annotations {text / 1e6:.0f} MB")
 
     times: dict[str, list[float]] = {"tar": [], "convert": []}
+    peak, results = 0.0, set()
     inputs = ("-C", str(folder), "images", source.name)
     tar = ["tar", "--hard-dereference", "-cf", str(copy), *inputs]
     convert = [
@@ -232,12 +251,21 @@ def main() -> None:
                 f"{result.peak:.2f} GiB",
                 flush=True,
             )
+            if name == "convert":
+                peak = max(peak, result.peak)
+                results.add((shards / "manifest.json").read_bytes())
             copy.unlink(missing_ok=True)
             shutil.rmtree(shards, ignore_errors=True)
+    measured([*convert[:-1], str(options.workers + 1)])
+    results.add((shards / "manifest.json").read_bytes())
+    shutil.rmtree(shards)
     for name, values in times.items():
         print(f"{name}: median {statistics.median(values):.1f} s of {rounded(values)}")
     ratios = [b / a for a, b in zip(times["tar"], times["convert"], strict=True)]
-    print(f"convert / tar: median {statistics.median(ratios):.2f} of {rounded(ratios)}")
+    ratio = statistics.median(ratios)
+    print(f"convert / tar: median {ratio:.2f} of {rounded(ratios)}")
+    if said := complaints(peak, ratio, results, options):
+        raise SystemExit(said)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import argparse
 import fcntl
 import hashlib
 import importlib.util
@@ -415,13 +416,19 @@ def test_the_measurement_at_cocos_size_works_at_a_small_one(tmp_path):
         [
             *(sys.executable, ROOT / "tests/data_prep/coco_size.py", folder, "--images", "30"),
             *("--kilobytes", "400", "--rounds", "2", "--cold"),
+            *("--most-gib", "0.001", "--most-ratio", "0.01"),
         ],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"peak memory: got 0\.\d\d GiB, expected 0\.00 or less\n"
+        r"convert / tar: got \d+\.\d\d, expected 0\.01 or less\n",
+        done.stderr,
+    )
     assert "30 images, 0.01 GB; annotations 0 MB" in done.stdout
     assert re.search(r"round 2: convert \d+\.\d s, \d+\.\d s of CPU, peak 0\.\d\d GiB", done.stdout)
     assert re.search(r"convert / tar: median \d+\.\d+ of (\d+\.\d\d(, )?){2}", done.stdout)
@@ -430,6 +437,17 @@ def test_the_measurement_at_cocos_size_works_at_a_small_one(tmp_path):
     assert len(content["images"]) == 30
     assert len(content["annotations"]) == 30 * 860_001 // 118_287
     assert {path.stat().st_nlink for path in (folder / "images").iterdir()} == {2}
+
+
+def test_the_measurement_says_each_limit_that_is_passed():
+    complaints = script("coco_size").complaints
+    limits = argparse.Namespace(most_gib=3.0, most_ratio=1.5)
+    assert complaints(3.0, 1.5, {b"a"}, limits) == ""
+    assert complaints(3.01, 1.51, {b"a", b"b"}, limits).splitlines() == [
+        "peak memory: got 3.01 GiB, expected 3.00 or less",
+        "convert / tar: got 1.51, expected 1.50 or less",
+        "convert again: got 2 different results, expected the same",
+    ]
 
 
 def test_the_two_faulty_annotations_of_train2017_are_reported(small):

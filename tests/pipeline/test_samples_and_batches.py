@@ -1,7 +1,5 @@
 """Shards as training reads them, class columns, decoding and batching."""
 
-import functools
-import hashlib
 import io
 import json
 import shutil
@@ -10,8 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data.augment import Example, Geometry
@@ -24,10 +20,10 @@ from pipeline.data.loader import (
     steps_per_epoch,
     training_steps,
 )
-from pipeline.data.order import Stream, first_step
+from pipeline.data.order import Stream
 from pipeline.data.shards import Sample, ShardSet
 from pipeline.errors import UserError
-from pipeline.recipes import recipe
+from tests.pipeline.test_resumed_batches import config_for
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -212,83 +208,6 @@ def test_a_batch_is_padded_normalised_and_in_relative_boxes():
         np.testing.assert_allclose(images[0, c, :4, :6], expected, rtol=1e-5)
     assert (images[0, :, 4:] == 0).all()
     assert (images[1, :, :, 5:] == 0).all()
-
-
-def config_for(batch_size=8, **engine):
-    config = recipe("demo")
-    augment = replace(
-        config.augment, short_sides=(40, 56), crop_probability=0.5, crop_short_sides=(48,),
-        crop_sides=(30, 44), max_side=80,
-    )  # fmt: skip
-    return replace(
-        config,
-        augment=augment,
-        optimizer=replace(config.optimizer, batch_size=batch_size),
-        engine=replace(config.engine, **engine),
-    )
-
-
-def pixels(batch):
-    """(image id, digest of the pixels that are no padding, boxes) of each image."""
-    for i, image in enumerate(batch.images):
-        seen = image[:, ~batch.padding_mask[i]].numpy().tobytes()
-        assert not image[:, batch.padding_mask[i]].any()
-        boxes = batch.targets[i]["boxes"].numpy().tobytes()
-        yield batch.image_ids[i], hashlib.sha256(seen + boxes).hexdigest()
-
-
-def global_batches(drawn, config, steps, world, busy_rank=0):
-    """For each step the images of all ranks, in order. Only one rank has loader workers: it is the
-    ranks' result that matters, and processes take time to start."""
-    shards = ShardSet(drawn.shards / "train")
-    labels = build_labels(shards.categories, "contiguous")
-    idle = replace(config, engine=replace(config.engine, loader_workers=0))
-    batches = [[] for _ in steps]
-    for rank in range(world):
-        of_rank = config if rank == busy_rank else idle
-        passes = set()
-        loaded = list(training_steps(shards, labels, of_rank, steps, rank, world, False))
-        assert len(loaded) == len(steps)
-        for images, loaded_step in zip(batches, loaded, strict=True):
-            passes.add(len(loaded_step))
-            images += [pair for batch in loaded_step for pair in pixels(batch)]
-    return batches
-
-
-@functools.cache
-def uninterrupted(drawn, batch_size):
-    """On one process without workers: steps 0 up to the second epoch's end."""
-    end = first_step(40, batch_size, 2)
-    return global_batches(drawn, config_for(batch_size), range(end), 1)
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.integers(1, 16), st.integers(0, 4), st.data())
-def test_a_resume_on_any_world_and_workers_gives_the_rest_with_the_same_pixels(
-    drawn, world, workers, data
-):
-    share = data.draw(st.sampled_from([n for n in (1, 2, 3, 4, 8) if n * world <= 40]))
-    micro = data.draw(st.sampled_from([n for n in range(share + 1) if not n or share % n == 0]))
-    expected = uninterrupted(drawn, world * share)
-    first = data.draw(st.integers(0, len(expected) - 1))
-    config = config_for(world * share, loader_workers=workers, micro_batch=micro)
-    busy = data.draw(st.integers(0, world - 1))
-    steps = range(first, len(expected))
-    assert global_batches(drawn, config, steps, world, busy) == expected[first:]
-    # Sorted by shape, or cut smaller, a global batch holds the same.
-    config = replace(config, engine=replace(config.engine, group_by_shape=True,
-                                            max_padded_pixels=2 * 80 * 80))  # fmt: skip
-    cut = global_batches(drawn, config, steps[:2], world, busy)
-    assert list(map(sorted, cut)) == list(map(sorted, expected[first:][:2]))
-
-
-def test_every_image_is_seen_once_an_epoch(drawn):
-    """40 images in batches of 16: the third batch ends one epoch and begins the next."""
-    ids = [i for step in uninterrupted(drawn, 16) for i, _ in step]
-    every = sorted(ShardSet(drawn.shards / "train").image_id.tolist())
-    assert sorted(ids[:40]) == sorted(ids[40:80]) == every
-    digests = [digest for step in uninterrupted(drawn, 16) for _, digest in step]
-    assert len(set(digests)) > 70  # other random choices in the second epoch; a few coincide
 
 
 def test_micro_batches_stay_within_the_bound_on_every_rank_at_once(drawn):
