@@ -177,14 +177,14 @@ def verify(
         strict: Fail on any finding, not on damage only.
         workers: Processes.
     """
-    problems = verify_shards(shards, decode=decode, workers=workers)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(report(problems))
+        _fail_unless_writable(output)
+    problems = verify_shards(shards, decode=decode, workers=workers)
     if problems:
         print(summary_table(problems))
-        if output is not None:
-            print(f"details: {output}")
+    if output is not None:
+        output.write_bytes(report(problems))
+        print(f"details: {output}")
     damage = [problem for problem in problems if problem.kind in DAMAGE]
     if damage:
         raise ValueError(
@@ -197,6 +197,17 @@ def verify(
             f"{problems[0].kind}: {problems[0].detail}"
         )
     print(f"{shards}: shards, index and samples are as the manifest says")
+
+
+def _fail_unless_writable(path: Path) -> None:
+    """Raise the OSError that writing the file would raise; a file that is there stays as it is."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+    new = not path.exists()
+    with path.open("ab"):
+        pass
+    if new:
+        path.unlink()
 
 
 def stats(

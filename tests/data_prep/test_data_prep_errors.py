@@ -98,6 +98,41 @@ def test_an_unwritable_place_is_named(small, command, tmp_path):
     fails(run_convert(command, small, output=tmp_path / "file" / "below"), "Not a directory")
 
 
+def test_verify_names_an_unwritable_report_before_it_starts(small, command, tmp_path):
+    small()
+    convert(*small.arguments)
+    (small.output / "shard-000000.tar").unlink()
+    (tmp_path / "file").write_text("")
+    for output, message in (
+        (tmp_path / "file" / "below", "Not a directory"),
+        (tmp_path / "file" / "below" / "there", "Not a directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        fails(command("verify", small.output, "--output", output), message)
+
+
+def test_verify_changes_no_report_and_leaves_none_where_it_cannot_start(command, tmp_path):
+    report = tmp_path / "report.json"
+    for before in (False, True):
+        if before:
+            report.write_text("of yesterday")
+        fails(command("verify", tmp_path / "nowhere", "--output", report), "does not exist")
+        assert report.exists() == before
+    assert report.read_text() == "of yesterday"
+
+
+def test_verify_prints_its_findings_though_the_report_cannot_be_written(small, command):
+    content = small()
+    content["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    small.save(content)
+    convert(*small.arguments)
+    result = command("verify", small.output, "--output", "/dev/full")
+    assert result.returncode == 2
+    assert "degenerate box      1  annotation 100" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "No space left on device" in line
+
+
 GOOD_IMAGES = '"images": [{"id": 1, "file_name": "a"}]'
 GOOD_REST = '"annotations": [], "categories": [{"id": 1, "name": "a"}]'
 
