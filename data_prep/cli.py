@@ -63,6 +63,7 @@ def convert(
     seed: int = 0,
     workers: int = WORKERS,
     ray: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[ADDRESS]")] = None,
+    decode: bool = False,
     strict: bool = False,
 ) -> None:
     """Convert COCO-format images and annotations to WebDataset shards.
@@ -81,6 +82,8 @@ def convert(
         ray: Write the shards on a Ray cluster: host:port, ray://host:port, "local" to start one
             for this command, or without an address that of RAY_ADDRESS or this machine. All its
             machines must see the folders.
+        decode: Decode every image too, and leave out damaged ones: without it, damage in the
+            middle of a JPEG or PNG file is not seen. Takes a core 1.2 ms for a JPEG of 640x480.
         strict: Fail on any problem, instead of leaving unusable images out.
     """
     if ray is not None and len(ray) > 1:
@@ -94,6 +97,7 @@ def convert(
         seed=seed,
         workers=workers,
         ray=None if ray is None else (*ray, "auto")[0],
+        decode=decode,
         strict=strict,
     )
     manifest = result.manifest
@@ -172,7 +176,8 @@ def verify(
 
     Args:
         shards: Folder made by convert.
-        decode: Decode every image too, which finds damage that was there before converting.
+        decode: Decode every image too, which finds damage in the middle of a JPEG or PNG file that
+            was there before converting.
         output: Write all findings there as JSON.
         strict: Fail on any finding, not on damage only.
         workers: Processes.

@@ -133,6 +133,22 @@ def test_verify_prints_its_findings_though_the_report_cannot_be_written(small, c
     assert "No space left on device" in line
 
 
+def test_decoding_at_the_command_line(small, command):
+    small()
+    whole = (small.images / "0.jpg").read_bytes()
+    middle = len(whole) // 2
+    (small.images / "0.jpg").write_bytes(whole[:middle] + bytes(200) + whole[middle + 200 :])
+    flags = ("convert", "--images", small.images, "--annotations", small.annotations)
+    assert "corrupt image" not in command(*flags, "--output", small.output).stdout
+    result = command("verify", small.output, "--decode")
+    assert result.returncode == 2
+    assert "corrupt image      1  image 10" in result.stdout
+    result = command(*flags, "--output", small.output.with_name("decoded"), "--decode")
+    assert result.returncode == 0
+    assert "corrupt image      1  image 10" in result.stdout
+    assert "left out: 1 images with 1 annotations" in result.stdout
+
+
 GOOD_IMAGES = '"images": [{"id": 1, "file_name": "a"}]'
 GOOD_REST = '"annotations": [], "categories": [{"id": 1, "name": "a"}]'
 
