@@ -1,11 +1,12 @@
 """What can be wrong with an image or an annotation, found cheaply and named.
 
-An image is judged by its header and its end marker; pixels are decoded only on request.
+A JPEG or PNG is judged by its header and its end marker, and decoded only on request.
 """
 
 import io
 import json
 import math
+import re
 import struct
 import sys
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
+from simplejpeg import decode_jpeg, decode_jpeg_header
 
 Result = TypeVar("Result")
 
@@ -34,6 +36,13 @@ EXTENSIONS = {
 FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # PIL opens MPO by way of JPEG
 Image.init()  # all its readers are known by name from here on
 WHITE = 65535  # the largest grey value that training takes
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from there on PIL refuses, and training, too
+_JPEG = ("JPEG", "MPO")
+_WITH_END = (*_JPEG, "PNG")  # formats of which a cut file is known without decoding it
+# What libjpeg warns of when the coded data of a JPEG are damaged: in the words of its jerror.h.
+_DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file", "Inconsistent progression sequence")
+_PADDING = re.compile(r"(\d+) extraneous bytes before marker 0xd[0-79]$")  # restart, end
+_MOST_PADDING = 16  # bytes: webcams write 1 to 4
 # Published boxes stick out of their images by rounding; more than this is a mistake.
 BOX_TOLERANCE = 1.0  # pixels
 TURN_THE_FILES = (
@@ -73,14 +82,17 @@ class ImageHeader(NamedTuple):
 def read_image_header(data: bytes) -> ImageHeader:
     """Format and size of an encoded image that has a beginning and an end.
 
+    A format other than JPEG and PNG has no end that could be looked for: it is decoded.
+
     Raises:
-        TruncatedImage: cut short.
-        UnsupportedImage: of a format that training does not read, or with pixels of which nothing
-            says which value is white: floating point, and integers beyond 16 bits.
+        TruncatedImage: a JPEG or PNG is cut short.
+        UnsupportedImage: of a format that training does not read, of more than MOST_PIXELS, or
+            with pixels of which nothing says which value is white: floating point, and integers
+            beyond 16 bits.
         ValueError: damaged.
     """
     size, scan = _jpeg_frame(data)
-    if size is not None and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
+    if size is not None and size[0] * size[1] <= MOST_PIXELS:
         header = ImageHeader("jpg", *size)
     else:
         header = _with_image(data, _header)
@@ -93,12 +105,42 @@ def read_image_header(data: bytes) -> ImageHeader:
 
 
 def decode_image(data: bytes) -> None:
-    """Decode every pixel.
+    """Decode the whole image; of a JPEG, where decoders go on after damage, all coded data.
 
     Raises:
-        ValueError: the decoder fails.
+        ValueError: the decoder fails, or warns of damage.
     """
-    _with_image(data, lambda image: image.load())
+
+    def decode(image: Image.Image) -> None:
+        if image.format in _JPEG:
+            _decode_jpeg(data, image)
+        else:
+            image.load()
+
+    _with_image(data, decode)
+
+
+def _decode_jpeg(data: bytes, image: Image.Image) -> None:
+    """Raise ValueError where the coded data are damaged; `image` is the opened file."""
+    try:
+        # Grey and at an eighth of the size libjpeg reads all coded data, and saves the rest.
+        decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8)
+    except ValueError as warning:
+        if _tells_damage(str(warning), data):
+            raise
+        image.load()
+
+
+def _tells_damage(warning: str, data: bytes) -> bool:
+    """Whether libjpeg's first warning is of more than metadata or a few bytes of padding."""
+    padding = _PADDING.search(warning)
+    if not warning.startswith(_DAMAGE) or (padding and int(padding[1]) <= _MOST_PADDING):
+        return False
+    try:
+        decode_jpeg_header(data)
+    except ValueError:  # it warned of the header, and what it could not read there it did not need
+        return False
+    return True
 
 
 def _header(image: Image.Image) -> ImageHeader:
@@ -106,6 +148,8 @@ def _header(image: Image.Image) -> ImageHeader:
         raise UnsupportedImage(
             f"grey values in floating point, expected 8 or 16 bits; scale them to 0 to {WHITE}"
         )
+    if image.format not in _WITH_END:
+        image.load()
     if image.mode == "I":  # rare, and the header does not tell: all pixels are looked at
         extrema: Any = image.getextrema()  # of one channel
         low, high = extrema
@@ -125,13 +169,13 @@ def _begins_as_known(data: bytes) -> bool:
 def _with_image(data: bytes, read: Callable[[Image.Image], Result]) -> Result:
     try:
         with warnings.catch_warnings():
-            # What PIL can live with is fine; a picture over its limit of pixels is refused.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # what PIL can live with is fine
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return read(image)
     except UnsupportedImage:
         raise
+    except Image.DecompressionBombError as error:  # tells the number of pixels, and the limit
+        raise UnsupportedImage(f"{str(error).rstrip('.')}; make the image smaller") from None
     except Image.UnidentifiedImageError:
         if _begins_as_known(data):
             raise ValueError(f"a damaged header ({len(data)} bytes)") from None
@@ -168,7 +212,7 @@ def _jpeg_frame(data: bytes) -> tuple[tuple[int, int] | None, int]:
                 plain = bits == 8 and channels in (1, 3, 4) and width > 0 and height > 0
                 size = (width, height) if plain else None
             position += 2 + length
-    return None, len(data)
+    return None, position
 
 
 def size_mismatch(recorded: tuple[Any, Any], actual: tuple[int, int], name: str) -> str | None:

@@ -63,6 +63,7 @@ def convert(
     seed: int = 0,
     workers: int = WORKERS,
     ray: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[ADDRESS]")] = None,
+    decode: bool = False,
     strict: bool = False,
 ) -> None:
     """Convert COCO-format images and annotations to WebDataset shards.
@@ -81,6 +82,8 @@ def convert(
         ray: Write the shards on a Ray cluster: host:port, ray://host:port, "local" to start one
             for this command, or without an address that of RAY_ADDRESS or this machine. All its
             machines must see the folders.
+        decode: Decode every image too, and leave out damaged ones: without it, damage in the
+            middle of a JPEG or PNG file is not seen. Takes a core 1.2 ms for a JPEG of 640x480.
         strict: Fail on any problem, instead of leaving unusable images out.
     """
     if ray is not None and len(ray) > 1:
@@ -94,6 +97,7 @@ def convert(
         seed=seed,
         workers=workers,
         ray=None if ray is None else (*ray, "auto")[0],
+        decode=decode,
         strict=strict,
     )
     manifest = result.manifest
@@ -172,19 +176,20 @@ def verify(
 
     Args:
         shards: Folder made by convert.
-        decode: Decode every image too, which finds damage that was there before converting.
+        decode: Decode every image too, which finds damage in the middle of a JPEG or PNG file that
+            was there before converting.
         output: Write all findings there as JSON.
         strict: Fail on any finding, not on damage only.
         workers: Processes.
     """
-    problems = verify_shards(shards, decode=decode, workers=workers)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(report(problems))
+        _fail_unless_writable(output)
+    problems = verify_shards(shards, decode=decode, workers=workers)
     if problems:
         print(summary_table(problems))
-        if output is not None:
-            print(f"details: {output}")
+    if output is not None:
+        output.write_bytes(report(problems))
+        print(f"details: {output}")
     damage = [problem for problem in problems if problem.kind in DAMAGE]
     if damage:
         raise ValueError(
@@ -197,6 +202,17 @@ def verify(
             f"{problems[0].kind}: {problems[0].detail}"
         )
     print(f"{shards}: shards, index and samples are as the manifest says")
+
+
+def _fail_unless_writable(path: Path) -> None:
+    """Raise the OSError that writing the file would raise; a file that is there stays as it is."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+    new = not path.exists()
+    with path.open("ab"):
+        pass
+    if new:
+        path.unlink()
 
 
 def stats(

@@ -67,6 +67,7 @@ def convert(
     seed: int = 0,
     workers: int = 1,
     ray: str | None = None,
+    decode: bool = False,
     strict: bool = False,
 ) -> Conversion:
     """Write `output/shard-*.tar`, `output/report.json` and, last, `output/manifest.json`.
@@ -84,6 +85,8 @@ def convert(
         seed: see above.
         workers: processes on this machine.
         ray: write the shards on the Ray cluster at this address; see `data_prep.on_ray`.
+        decode: decode every image, and leave out those that are damaged; otherwise a JPEG or PNG
+            is judged by its header and end marker.
         strict: fail if there is any problem.
 
     Raises:
@@ -112,6 +115,8 @@ def convert(
             "shard_size_mb": shard_size_mb,
             "samples_per_shard": samples_per_shard,
             "seed": seed,
+            # Left out where it is not asked for, as in the shards of earlier versions.
+            **({"decode": True} if decode else {}),
         }
         identity = _identity(coco, sizes, options)
         with nullcontext() if finished else _locked(target):
@@ -121,7 +126,7 @@ def convert(
             _begin_or_continue(target, identity)
             plan = plan_shards(coco, sizes, Limits(shard_size_mb * 2**20, samples_per_shard), seed)
             with nullcontext(ordered) if ray is None else _on_ray(ray) as spread:
-                shards = _write_shards(coco, facts, plan, source, target, spread)
+                shards = _write_shards(coco, facts, plan, source, target, spread, decode)
             _refuse_absent(shards, target)
             problems += [problem for shard in shards for problem in shard.problems]
             problems.sort(key=lambda p: (p.kind, p.image_id or 0))
@@ -308,9 +313,10 @@ def _write_shards(
     images: Folder,
     output: Folder,
     ordered: OrderedMap,
+    decode: bool,
 ) -> list[WrittenShard]:
     categories = frozenset(category_ids(coco.header["categories"], coco.origin))
-    tasks = shard_tasks(coco, facts, plan, images, output, categories)
+    tasks = shard_tasks(coco, facts, plan, images, output, categories, decode)
     shards: list[WrittenShard] = []
     total = sum(len(members) for members in plan)
     with tqdm(total=total, desc="convert", unit="image", disable=None) as bar:

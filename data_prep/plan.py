@@ -63,6 +63,7 @@ def shard_tasks(
     images: Folder,
     output: Folder,
     categories: frozenset[int],
+    decode: bool,
 ) -> Iterator[Task]:
     """What to write for each shard; made one at a time, for it holds all records of a shard."""
     images, output = absolute(images), absolute(output)  # Ray's workers run where Ray was started
@@ -83,4 +84,4 @@ def shard_tasks(
                     coco.is_suspect(image),
                 )
             )
-        yield Task(f"shard-{number:06d}", output, images, categories, items)
+        yield Task(f"shard-{number:06d}", output, images, categories, items, decode)

@@ -73,7 +73,8 @@ def verify(shards: Location, *, decode: bool = False, workers: int = 1) -> list[
 
     Args:
         shards: folder with a manifest; path or fsspec URL.
-        decode: also decode every image; otherwise only header and end marker are looked at.
+        decode: also decode every image; otherwise of a JPEG or PNG only header and end marker are
+            looked at.
         workers: processes.
 
     Returns:

@@ -13,6 +13,7 @@ from data_prep.checks import (
     TruncatedImage,
     UnsupportedImage,
     annotation_problems,
+    decode_image,
     read_image_header,
     record_problems,
     size_mismatch,
@@ -45,13 +46,14 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to be written; `name` has no extension."""
+    """A shard to be written; `name` has no extension. With `decode` every image is decoded."""
 
     name: str
     output: Folder
     images: Folder
     categories: frozenset[int]
     items: list[Item]
+    decode: bool
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ def _read_image(task: Task, item: Item) -> tuple[bytes | None, str, tuple[int, i
         return left_out("corrupt image", f"{item.file_name!r}: {error.strerror}")
     try:
         header = read_image_header(data)
+        if task.decode:
+            decode_image(data)
     except TruncatedImage as error:
         return left_out("truncated image", f"{item.file_name!r}: {error}")
     except UnsupportedImage as error:

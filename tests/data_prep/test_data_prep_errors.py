@@ -115,6 +115,57 @@ def test_an_export_needs_the_name_of_a_file(small, command, tmp_path, monkeypatc
         fails(command("export", small.output, "--output", output), line)
 
 
+def test_verify_names_an_unwritable_report_before_it_starts(small, command, tmp_path):
+    small()
+    convert(*small.arguments)
+    (small.output / "shard-000000.tar").unlink()
+    (tmp_path / "file").write_text("")
+    for output, message in (
+        (tmp_path / "file" / "below", "Not a directory"),
+        (tmp_path / "file" / "below" / "there", "Not a directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        fails(command("verify", small.output, "--output", output), message)
+
+
+def test_verify_changes_no_report_and_leaves_none_where_it_cannot_start(command, tmp_path):
+    report = tmp_path / "report.json"
+    for before in (False, True):
+        if before:
+            report.write_text("of yesterday")
+        fails(command("verify", tmp_path / "nowhere", "--output", report), "does not exist")
+        assert report.exists() == before
+    assert report.read_text() == "of yesterday"
+
+
+def test_verify_prints_its_findings_though_the_report_cannot_be_written(small, command):
+    content = small()
+    content["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    small.save(content)
+    convert(*small.arguments)
+    result = command("verify", small.output, "--output", "/dev/full")
+    assert result.returncode == 2
+    assert "degenerate box      1  annotation 100" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "No space left on device" in line
+
+
+def test_decoding_at_the_command_line(small, command):
+    small()
+    whole = (small.images / "0.jpg").read_bytes()
+    middle = len(whole) // 2
+    (small.images / "0.jpg").write_bytes(whole[:middle] + bytes(200) + whole[middle + 200 :])
+    flags = ("convert", "--images", small.images, "--annotations", small.annotations)
+    assert "corrupt image" not in command(*flags, "--output", small.output).stdout
+    result = command("verify", small.output, "--decode")
+    assert result.returncode == 2
+    assert "corrupt image      1  image 10" in result.stdout
+    result = command(*flags, "--output", small.output.with_name("decoded"), "--decode")
+    assert result.returncode == 0
+    assert "corrupt image      1  image 10" in result.stdout
+    assert "left out: 1 images with 1 annotations" in result.stdout
+
+
 GOOD_IMAGES = '"images": [{"id": 1, "file_name": "a"}]'
 GOOD_REST = '"annotations": [], "categories": [{"id": 1, "name": "a"}]'
 
