@@ -213,9 +213,10 @@ def test_a_cached_shard_of_another_size_is_fetched_again(drawn, memory, tmp_path
     damaged = tars(tmp_path)[1]
     damaged.write_bytes(left)
     capfd.readouterr()
-    for _ in range(2):
-        assert contents(ShardSet("memory://train", str(tmp_path))) == expected
     size = (drawn.shards / "train" / damaged.name).stat().st_size
+    with open(ShardSet("memory://train", str(tmp_path)).cache.open(1), "rb") as file:
+        assert os.fstat(file.fileno()).st_size == size
+    assert contents(ShardSet("memory://train", str(tmp_path))) == expected
     said = f"got {len(left)} bytes, expected {size} as its manifest says; it is fetched again"
     assert capfd.readouterr().err == f"{damaged}: {said}\n"
 
