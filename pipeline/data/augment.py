@@ -103,9 +103,7 @@ def largest(sources: np.ndarray, config: AugmentConfig) -> Size:
 
     sources: [n, 2] integers (height, width), n at least 1.
     """
-    if config.transpose_probability > 0:
-        sources = np.concatenate([sources, sources[:, ::-1]])
-    sizes: list[Size] = []
+    sizes: list[Size] = []  # without the transposed ones, which have as many pixels
     if config.crop_probability < 1:
         sizes += map(tuple, np.unique(sources, axis=0).tolist())
     if config.crop_probability > 0:
