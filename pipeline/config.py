@@ -165,8 +165,9 @@ class EngineConfig:
     """Images of like shape share a micro-batch, so that less is padded. The images of a global
     batch stay the same."""
     max_padded_pixels: int = 0
-    """Most images x height x width of a micro-batch, padding included; a bound on its memory. Where
-    it is passed, the global batch is cut into more and smaller ones. 0: no bound."""
+    """Most images x height x width of a micro-batch, padding included; a bound on its memory in
+    training (evaluation_batch bounds evaluation's). Where it is passed, the global batch is cut
+    into more and smaller ones. 0: no bound."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_minutes: float = 10.0

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.config import DataConfig, RunConfig
+from pipeline.data.augment import largest
 from pipeline.data.labels import Labels, build_labels
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
@@ -18,8 +19,9 @@ class Dataset:
 
 
 def open_dataset(config: RunConfig) -> Dataset:
-    """Raises `UserError` where a folder is missing, the two disagree about categories, or a column
-    that the model needs for the background is taken."""
+    """Raises `UserError` where a folder is missing, the two disagree about categories, a column
+    that the model needs for the background is taken, or an image may be larger than the bound on
+    a micro-batch."""
     if not config.data.train or not config.data.val:
         raise UserError(
             "data.train and data.val: expected two shard folders; "
@@ -46,7 +48,21 @@ def open_dataset(config: RunConfig) -> Dataset:
             f"expected none: it is a Faster R-CNN's background; "
             f"use --data.labels contiguous_from_1"
         )
+    _check_bound(train, config)
     return Dataset(train, val, labels)
+
+
+def _check_bound(train: ShardSet, config: RunConfig) -> None:
+    """At the start, because the largest images may come after hours."""
+    most = config.engine.max_padded_pixels
+    if most and len(train):
+        height, width = largest(train.size[:, ::-1], config.augment)
+        if height * width > most:
+            raise UserError(
+                f"engine.max_padded_pixels: got {most}, expected {height * width} or more, for an "
+                f"image of {height}x{width}, which augmentation can make of one of {train.folder}; "
+                f"raise it, or lower --augment.max-side and --augment.short-sides"
+            )
 
 
 def open_shards(location: str, data: DataConfig) -> ShardSet:

@@ -4,6 +4,7 @@ First the random choices, which need only the size of an image, then the pixels 
 Shapes: image uint8 [3, H, W]; boxes float32 [n, 4] absolute (x0, y0, x1, y1); labels int64 [n].
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,6 +96,38 @@ def _one_of(values: tuple[int, ...], random: np.random.Generator) -> int:
 def _between(low: int, high: int, random: np.random.Generator) -> int:
     """An integer of [low, high], or `high` where that is the smaller."""
     return int(random.integers(min(low, high), high + 1))
+
+
+def largest(sources: np.ndarray, config: AugmentConfig) -> Size:
+    """The size with the most pixels that `choose` can give an image of one of these sizes.
+
+    sources: [n, 2] integers (height, width), n at least 1.
+    """
+    sizes: list[Size] = []  # without the transposed ones, which have as many pixels
+    if config.crop_probability < 1:
+        sizes += map(tuple, np.unique(sources, axis=0).tolist())
+    if config.crop_probability > 0:
+        sizes += _crops(sources, config)
+    if config.short_sides:  # the larger the short side, the larger the image
+        short = max(config.short_sides)
+        sizes = [resized_hw(*size, short, config.max_side) for size in sizes]
+    return max(sizes, key=math.prod)
+
+
+def _crops(sources: np.ndarray, config: AugmentConfig) -> list[Size]:
+    """Every size that a crop can have before the last resize."""
+    low, high = config.crop_sides
+    resized = {
+        resized_hw(height, width, short, max_side=10**9)
+        for height, width in np.unique(sources, axis=0).tolist()
+        for short in config.crop_short_sides
+    }
+    # The largest sides of a crop; the smallest is `low`, or the largest where that is smaller.
+    limits = {(min(high, height), min(high, width)) for height, width in resized}
+    possible = np.zeros([max(sides) + 1 for sides in zip(*limits, strict=True)], dtype=bool)
+    for height, width in limits:
+        possible[min(low, height) : height + 1, min(low, width) : width + 1] = True
+    return [(height, width) for height, width in np.argwhere(possible).tolist()]
 
 
 def for_evaluation(source: Size, config: AugmentConfig) -> Geometry:

@@ -1,12 +1,14 @@
 """Remote shards in a local folder of bounded size, shared by all processes of a node.
 
-A shard is downloaded whole under another name, checked against its SHA-256 and renamed, so that
-what bears a shard's name is whole. fsspec reads every kind of storage, filelock keeps processes
-apart; both are the libraries that the machine learning tools around us use for it.
+A shard is downloaded whole under another name, checked against its SHA-256, on the disk and then
+renamed, so that what bears a shard's name is whole. What is damaged all the same, by the disk or by
+others, is fetched again. fsspec reads every kind of storage, filelock keeps processes apart; both
+are the libraries that the machine learning tools around us use for it.
 """
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,8 +65,9 @@ def _line(error: BaseException) -> str:
 class ShardCache:
     """The shards of one remote folder, in `folder` beside those of others.
 
-    `folder` never holds more than `most_bytes`, downloads under way included; the shards that were
-    opened longest ago make room. One that a process still reads keeps its space until closed.
+    Its shards never take more than `most_bytes` of the disk, downloads under way included; those
+    that were opened longest ago make room, also where a process has them open: it reads nothing
+    more from such a descriptor, and has to open the shard again.
     """
 
     url: str
@@ -77,25 +80,43 @@ class ShardCache:
 
     def open(self, shard: int) -> int:
         """A descriptor of the shard, which is downloaded if it is not there."""
-        name, url = self.shards[shard]["name"], f"{self.url}/{self.shards[shard]['name']}"
-        path = self.folder / self.digest[:16] / name
+        path = self.path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_lock_of(path)):
+            if path.exists() and (size := path.stat().st_size) != self.shards[shard]["bytes"]:
+                _discard(path, _other_size(size, self.shards[shard]))
             if not path.exists():
-                partial = path.with_suffix(".partial")
-                try:
-                    self._reserve(partial, int(self.shards[shard]["bytes"]))
-                    attempt(url, lambda: _download(url, partial, self.shards[shard]["sha256"]))
-                    os.rename(partial, path)
-                finally:
-                    partial.unlink(missing_ok=True)
+                self._download(shard, path)
             os.utime(path)
             # Opened under the lock, without which it could be removed before.
             return os.open(path, os.O_RDONLY)
 
+    def path(self, shard: int) -> Path:
+        """Where the shard lies while it is here."""
+        return self.folder / self.digest[:16] / str(self.shards[shard]["name"])
+
+    def discard_if_damaged(self, shard: int) -> None:
+        """Removes a shard whose SHA-256 is not the manifest's; the next `open` fetches it."""
+        path = self.path(shard)
+        with FileLock(_lock_of(path)):
+            if path.exists():
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != self.shards[shard]["sha256"]:
+                    _discard(path, _other_digest(found, self.shards[shard]))
+
     def fetch(self, shard: int) -> None:
         """Has the shard in the folder, for a later `open`."""
         os.close(self.open(shard))
+
+    def _download(self, shard: int, path: Path) -> None:
+        url, partial = f"{self.url}/{path.name}", path.with_suffix(".partial")
+        try:
+            self._reserve(partial, int(self.shards[shard]["bytes"]))
+            attempt(url, lambda: _download(url, partial, self.shards[shard]))
+            os.rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _reserve(self, partial: Path, size: int) -> None:
         """Makes room, and takes it by a file of that size."""
@@ -135,13 +156,25 @@ def _remove(path: Path) -> bool:
     """Removes a shard, or what a killed process left of one; False where a process is at it."""
     try:
         with FileLock(_lock_of(path), timeout=0):
-            path.unlink(missing_ok=True)
+            _free(path)
             return True
     except Timeout:
         return False
 
 
-def _download(url: str, partial: Path, expected: str) -> None:
+def _discard(path: Path, why: str) -> None:
+    print(f"{path}: {why}; it is fetched again", file=sys.stderr, flush=True)
+    _free(path)
+
+
+def _free(path: Path) -> None:
+    """Gives the space of a file back at once, which unlinking alone does not where it is open."""
+    if path.exists():
+        os.truncate(path, 0)
+        path.unlink()
+
+
+def _download(url: str, partial: Path, shard: dict[str, Any]) -> None:
     digest = hashlib.sha256()
     # Written over what was reserved, so that the space is never given up.
     with fsspec.open(url, "rb") as source, partial.open("r+b") as target:
@@ -149,7 +182,19 @@ def _download(url: str, partial: Path, expected: str) -> None:
             digest.update(block)
             target.write(block)
         target.truncate()
-    if digest.hexdigest() != expected:
-        raise OSError(
-            f"got SHA-256 {digest.hexdigest()[:12]}…, expected {expected[:12]}… of its manifest"
-        )
+        size = target.tell()
+        target.flush()
+        # Else a power cut after the rename could leave a shard's name on zeros, or on nothing.
+        os.fsync(target.fileno())
+    if size != shard["bytes"]:
+        raise OSError(_other_size(size, shard))
+    if digest.hexdigest() != shard["sha256"]:
+        raise OSError(_other_digest(digest.hexdigest(), shard))
+
+
+def _other_size(found: int, shard: dict[str, Any]) -> str:
+    return f"got {found} bytes, expected {shard['bytes']} as its manifest says"
+
+
+def _other_digest(found: str, shard: dict[str, Any]) -> str:
+    return f"got SHA-256 {found[:12]}…, expected {shard['sha256'][:12]}… as its manifest says"

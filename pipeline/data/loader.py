@@ -8,14 +8,14 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import AugmentConfig, RunConfig
-from pipeline.data.augment import choose, for_evaluation, transform
+from pipeline.data.augment import Example, Geometry, choose, for_evaluation, transform
 from pipeline.data.batch import Batch, collate, decode
 from pipeline.data.labels import Labels
 from pipeline.data.micro_batches import cut
@@ -41,18 +41,29 @@ class _Samples(Dataset):
         examples, records = [], []
         try:
             for epoch, index in samples.tolist():
-                sample = self.shards.read(index)
                 width, height = self.shards.size[index].tolist()
                 if epoch == EVALUATION:
                     geometry = for_evaluation((height, width), self.config)
                 else:  # seeded by (seed, epoch, sample): the same pixels on any rank or worker
                     random = random_stream(self.seed, epoch, index)
                     geometry = choose((height, width), self.config, random)
-                examples.append(transform(decode(sample, self.column_of, geometry), geometry))
-                records.append(sample.image)
+                example, record = self._decoded(index, geometry)
+                examples.append(transform(example, geometry))
+                records.append(record)
         except UserError as error:
             return error  # raised in a worker it would arrive with a traceback in its text
         return collate(examples, records)
+
+    def _decoded(self, index: int, geometry: Geometry) -> tuple[Example, dict[str, Any]]:
+        """The sample, not yet transformed, and its image record."""
+        sample = self.shards.read(index)
+        try:
+            return decode(sample, self.column_of, geometry), sample.image
+        except UserError:
+            if not self.shards.mend(index):
+                raise
+        sample = self.shards.read(index)
+        return decode(sample, self.column_of, geometry), sample.image
 
 
 def _left_to_the_trainer(worker: int) -> None:

@@ -1,7 +1,7 @@
 """Which annotations are objects that can be trained on or evaluated.
 
 `data_prep convert` reports whatever is wrong with an annotation and keeps it; here such an
-annotation is left aside.
+annotation is left aside, judged as `data_prep/checks.py` does.
 """
 
 import sys
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 LARGEST = sys.float_info.max
+NUMBERS = (int, float)  # as JSON gives them; True is of neither type
 
 
 def objects(
@@ -21,7 +22,7 @@ def objects(
 
 def _has_category(annotation: dict[str, Any], known: set[int]) -> bool:
     category = annotation.get("category_id")
-    return isinstance(category, int | float) and category in known
+    return type(category) is int and category in known  # 1.0 and True equal 1, and are no ids
 
 
 def _has_box(annotation: dict[str, Any]) -> bool:
@@ -30,5 +31,5 @@ def _has_box(annotation: dict[str, Any]) -> bool:
         isinstance(box, list)
         and len(box) == 4
         # NaN is no less than anything; a whole number may be beyond the floats.
-        and all(isinstance(v, int | float) and abs(v) <= LARGEST for v in box)
+        and all(type(v) in NUMBERS and abs(v) <= LARGEST for v in box)
     )

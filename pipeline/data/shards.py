@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "coco-webdataset", 1
 COLUMNS = ("shard", "offset", "length", "width", "height", "id", "annotations")
 BLOCK = tarfile.BLOCKSIZE
+LOCAL = ("file://", "local://")
 MOST_OPEN = 32  # shards of one set in one process
 REMEDY = "make one with: python -m data_prep convert --images DIR --annotations FILE"
 
@@ -43,7 +44,7 @@ class ShardSet:
     """
 
     def __init__(self, location: str | Path, cache_dir: str = "", cache_gb: float = 100) -> None:
-        self.folder = str(location).removeprefix("file://").rstrip("/")
+        self.folder = _without_scheme(str(location)).rstrip("/") or "/"
         remote = is_remote(self.folder)
         manifest = _remote_manifest(self.folder) if remote else _read_manifest(Path(self.folder))
         self.digest: str = manifest["digest"]
@@ -76,8 +77,32 @@ class ShardSet:
 
     def read(self, index: int) -> Sample:
         """The sample at `index`, by one read at its offset."""
-        file = self._open(int(self.shard[index]))
-        data = os.pread(file, int(self.length[index]), int(self.offset[index]))
+        data = self._bytes(index)
+        try:
+            return self._parsed(index, data)
+        except UserError:
+            if not self.mend(index):
+                raise
+        return self._parsed(index, self._bytes(index))
+
+    def mend(self, index: int) -> bool:
+        """Whether a damaged sample may be whole when it is read again: its shard is a cached one,
+        which is fetched again unless it is as its manifest says."""
+        if self.cache is None:
+            return False
+        self.cache.discard_if_damaged(int(self.shard[index]))
+        return True
+
+    def _bytes(self, index: int) -> bytes:
+        shard, offset = int(self.shard[index]), int(self.offset[index])
+        length = int(self.length[index])
+        data = os.pread(self._open(shard), length, offset)
+        while self.cache is not None and len(data) < length:  # the shard has made room for others
+            os.close(self._files.pop(shard))
+            data = os.pread(self._open(shard), length, offset)
+        return data
+
+    def _parsed(self, index: int, data: bytes) -> Sample:
         try:
             return _parse(data, *self.size[index].tolist())
         except ValueError as error:
@@ -146,7 +171,22 @@ def _parse(data: bytes, width: int, height: int) -> Sample:
 
 def is_remote(location: str) -> bool:
     """Whether it is a URL of storage that is not this machine's file system."""
-    return "://" in location and not location.startswith("file://")
+    return "://" in location and not location.startswith(LOCAL)
+
+
+def _without_scheme(location: str) -> str:
+    """The path of a URL of this machine's file system, as fsspec takes it: what follows the
+    scheme, nothing unquoted. Anything else as it is. Raises `UserError` for another host."""
+    if not location.startswith(LOCAL):
+        return location
+    scheme, _, rest = location.partition("://")
+    path = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
+    if not path.startswith("/"):
+        raise UserError(
+            f"{location}: got host {rest.partition('/')[0]!r}, expected none, as in "
+            f"{scheme}:///PATH: such a URL is a path of this machine"
+        )
+    return path
 
 
 def _cache(*arguments: Any) -> "ShardCache":

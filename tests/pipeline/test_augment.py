@@ -17,6 +17,7 @@ from pipeline.data.augment import (
     choose,
     crop,
     flip,
+    largest,
     resize_for_evaluation,
     resized_hw,
     transform,
@@ -197,3 +198,61 @@ def test_choices_keep_to_the_config(seed, height, width):
             assert 0 <= start <= whole - side
             assert min(384, whole) <= side <= 600
     assert geometry == choose((height, width), config, random_stream(seed))
+
+
+class Scripted:
+    """A generator that makes given choices, then the first of each, and counts what there are."""
+
+    def __init__(self, choices: list[int]) -> None:
+        self.choices, self.counts = choices, []
+
+    def _next(self, count: int) -> int:
+        self.counts.append(count)
+        return self.choices[i] if (i := len(self.counts) - 1) < len(self.choices) else 0
+
+    def random(self) -> float:
+        return (0.0, 1 - 1e-9)[self._next(2)]
+
+    def integers(self, low: int, high: int | None = None) -> int:
+        low, high = (0, low) if high is None else (low, high)
+        return low + self._next(high - low)
+
+
+def every_size(source: tuple[int, int], config: AugmentConfig) -> set[tuple[int, int]]:
+    """Of all that `choose` can make, going through all its random choices."""
+    sizes, choices = set(), []
+    while True:
+        random = Scripted(choices)
+        sizes.add(choose(source, config, random).size)
+        choices = choices + [0] * (len(random.counts) - len(choices))
+        while choices and choices[-1] == random.counts[len(choices) - 1] - 1:
+            choices.pop()
+        if not choices:
+            return sizes
+        choices[-1] += 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=2),
+    st.sampled_from([(), (7,), (5, 8)]),
+    st.integers(8, 14),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([0.0, 0.5]),
+    st.sampled_from([(2, 4), (3, 3), (5, 6)]),
+)
+def test_the_largest_image_is_that_of_all_choices(sources, sides, longest, crops, turns, cropped):
+    config = AugmentConfig(
+        short_sides=sides, max_side=longest, crop_probability=crops, crop_short_sides=(3, 5),
+        crop_sides=cropped, transpose_probability=turns, flip_probability=0,
+    )  # fmt: skip
+    sizes = set().union(*(every_size(source, config) for source in sources))
+    height, width = largest(np.array(sources), config)
+    assert (height, width) in sizes
+    assert height * width == max(h * w for h, w in sizes)
+
+
+def test_the_largest_image_of_the_paper_s_augmentation():
+    assert sorted(largest(np.array([(120, 200)]), AugmentConfig())) == [800, 1333]
+    # 800 * 600 / 384: the longest crop, where all images are square.
+    assert sorted(largest(np.array([(100, 100)]), AugmentConfig())) == [800, 1250]

@@ -2,14 +2,23 @@
 
 import pickle
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from pipeline import train
+from pipeline.checkpoint_store import Progress
+from pipeline.config import DataConfig
+from pipeline.data import loader
 from pipeline.data.augment import Example
 from pipeline.data.batch import collate
 from pipeline.data.loader import ahead, on_device
+from pipeline.dataset import open_dataset
 from pipeline.meter import Meter
+from pipeline.recipes import recipe
 
 
 def a_step(seed: int):
@@ -90,6 +99,41 @@ def test_the_wait_for_data_is_seconds_a_step(monkeypatch):
     assert values["loss"] == 2
     assert 0.02 <= values["data_wait"] <= (time.perf_counter() - start) / 4
     assert values["images_per_second"] <= 8 / 0.02
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_trainer_asks_for_pinned_memory_and_a_stream_where_there_is_a_gpu(
+    drawn, monkeypatch, kind
+):
+    """What it asks for, which needs no GPU: of torch's loader, and of `on_device`."""
+    asked = []
+
+    def loader_of(*arguments, pin_memory, **options):
+        asked.append(pin_memory)
+        return DataLoader(*arguments, **options)
+
+    def moved(steps, device):
+        for step in steps:
+            yield device, step
+
+    monkeypatch.setattr(loader, "DataLoader", loader_of)
+    monkeypatch.setattr(train, "on_device", moved)
+    config = recipe("demo")
+    shards = [str(drawn.shards / split) for split in ("train", "val")]
+    config = replace(
+        config,
+        data=DataConfig(*shards),
+        engine=replace(config.engine, loader_workers=0),
+        optimizer=replace(config.optimizer, batch_size=4),
+    )
+    run = SimpleNamespace(
+        config=config, dataset=open_dataset(config), device=torch.device(kind), rank=0, world=1,
+        end_of_epoch=lambda epochs: 10 * epochs,
+    )  # fmt: skip
+    device, step = next(train.remaining_steps(run, Progress()))
+    assert device == run.device
+    assert [len(batch.image_ids) for batch in step] == [4]
+    assert asked == [kind == "cuda"]
 
 
 @pytest.mark.gpu
