@@ -46,9 +46,8 @@ fuzz: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 
 # Conversion beside tar, and the loader's memory over three epochs, at COCO's size; fails above the
-# limits of the two files. 20 to 40 minutes, 36 GB of disk, of which the drawn input's 18 stay in
-# outputs/ for the next time: reckoned from 3,000 and 40,000 images. Of 3,000, convert's
-# start-up alone takes more time than the limit allows.
+# limits of the two files. Takes 36 GB of disk, of which the drawn input's 18 stay in outputs/ for the
+# next time. Of a few thousand images convert's start-up alone takes more time than the limit allows.
 COCO_IMAGES ?= 118287
 data-size: setup
 	@failed=0; \
