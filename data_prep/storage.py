@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from data_prep.urls import check_url, masked
+
 Location = str | os.PathLike[str]  # a path, or a URL
 Result = TypeVar("Result")
 
@@ -239,7 +241,7 @@ class RemoteFolder:
                 status = getattr(error, "status", None)
                 refused = isinstance(status, int) and 400 <= status < 500
                 if pause is None or (refused and status not in TRANSIENT_STATUS):
-                    why = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    why = masked(f"{type(error).__name__}: {error}".partition("\n")[0])
                     tries = "" if refused else f", at each of {len(PAUSES) + 1} tries"
                     where = f"{self.url}/{name}" if name else self.url
                     raise ConnectionError(f"{where} failed{tries}: {why}") from None
@@ -251,10 +253,15 @@ Folder = LocalFolder | RemoteFolder
 
 
 def folder_at(location: Location) -> Folder:
-    """The folder of a path or URL; nothing is opened yet."""
+    """The folder of a path or URL; nothing is opened yet.
+
+    Raises:
+        ValueError: the URL has a password or a query.
+    """
     text = os.fspath(location)
     if "://" not in text:
         return LocalFolder(Path(text))
+    check_url(text)
     url = urlsplit(text)
     if url.scheme in ("file", "local"):
         return LocalFolder(Path(unquote(url.netloc + url.path)))
@@ -262,7 +269,8 @@ def folder_at(location: Location) -> Folder:
 
 
 def file_at(location: Location) -> tuple[Folder, str]:
-    """The folder of a file and its name in it."""
+    """The folder of a file and its name in it. Raises what `folder_at` does."""
+    check_url(os.fspath(location))
     parent, name = os.path.split(os.fspath(location))
     return folder_at(parent), name
 
