@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
+from data_prep.urls import check_url, masked
+
 Location = str | os.PathLike[str]  # a path, or a URL
 Result = TypeVar("Result")
 
@@ -286,7 +288,7 @@ class RemoteFolder:
                 status = getattr(error, "status", None)
                 refused = isinstance(status, int) and 400 <= status < 500
                 if pause is None or (refused and status not in TRANSIENT_STATUS):
-                    why = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    why = masked(f"{type(error).__name__}: {error}".partition("\n")[0])
                     tries = "" if refused else f", at each of {len(PAUSES) + 1} tries"
                     where = f"{self.url}/{name}" if name else self.url
                     raise ConnectionError(f"{where} failed{tries}: {why}") from None
@@ -301,11 +303,14 @@ def folder_at(location: Location) -> Folder:
     """The folder of a path or URL; nothing is opened yet.
 
     Raises:
-        ValueError: a file:// URL of another machine.
+        ValueError: a file:// URL of another machine, or a URL with a password or a query.
     """
     text = os.fspath(location)
     path = _local_path(text)
-    return RemoteFolder(text.rstrip("/")) if path is None else LocalFolder(Path(path))
+    if path is not None:
+        return LocalFolder(Path(path))
+    check_url(text)
+    return RemoteFolder(text.rstrip("/"))
 
 
 def absolute(folder: Folder) -> Folder:
@@ -316,17 +321,18 @@ def absolute(folder: Folder) -> Folder:
 def file_at(location: Location) -> tuple[Folder, str]:
     """The folder of a file and its name in it, which is empty if the location ends in a slash.
 
-    A web address may have more than a name at its end (`?`, `%20`): it is a folder whole, and the
-    file is the one of the empty name in it.
+    A web address may have more than a name at its end (`%20`): it is a folder whole, and the file
+    is the one of the empty name in it.
 
     Raises:
-        ValueError: a URL without a folder, or a file:// URL of another machine.
+        ValueError: as `folder_at`, and for a URL without a folder.
     """
     text = os.fspath(location)
     path = _local_path(text)
     if path is not None:
         parent, name = os.path.split(path)
         return LocalFolder(Path(parent)), name
+    check_url(text)
     if text.lower().startswith(("http://", "https://")):
         return RemoteFolder(text), ""
     parent, _, name = text.rpartition("/")

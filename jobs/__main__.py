@@ -19,6 +19,7 @@ from jobs.serve import run_serve
 from jobs.spec import JobSpec, from_the_root
 from jobs.submit import connect, stop
 from jobs.tracking import check_model_name, check_tracking_uri
+from model.config_checks import check_numbers
 from pipeline.cli import REQUIRED, Command, RunOptions, main, parse, parse_run
 from pipeline.errors import UserError
 
@@ -53,6 +54,9 @@ class SubmitOptions:
     """Its name there. Empty: the recipe's."""
     wait: bool = True
     """Follow the job's log until it ends."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,10 @@ def check(options: SubmitOptions) -> None:
         raise UserError(
             f"min-workers: got {options.min_workers}, expected 0 to --workers {options.workers}"
         )
-    if options.grace < 1 or options.resize_interval <= 0:
+    if not (1 <= options.grace <= 1e6 and 0 < options.resize_interval <= 1e6):
         raise UserError(
             f"grace {options.grace:g} s, resize-interval {options.resize_interval:g} s: expected "
-            f"at least 1 and above 0"
+            f"at least 1 and above 0, at most 1e6"
         )
     from pipeline.data.loader import micro_batch_size  # brings torch
 

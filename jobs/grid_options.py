@@ -11,6 +11,7 @@ from jobs.grid_pruning import Band
 from jobs.spec import absolute
 from jobs.tracking import check_model_name, check_tracking_uri
 from model.config import TINY
+from model.config_checks import check_numbers
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.recipes import DEMO_SCALE
@@ -86,6 +87,9 @@ class GridOptions:
     model_name: str = ""
     """Its name there, of all cells. Empty: the grid's."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
 
 def called(grid: Grid, options: GridOptions) -> str:
     """The grid's name, with its suffix at demo scale."""
@@ -101,6 +105,8 @@ def check(grid: Grid, options: GridOptions) -> None:
         if getattr(options, name) < least:
             option = name.replace("_", "-")
             raise UserError(f"{option}: got {getattr(options, name)}, expected {least} or more")
+    if options.grace > 1e6:
+        raise UserError(f"grace: got {options.grace:g}, expected seconds, at most 1e6")
     names = [cell.name for cell in grid.cells]
     for name in options.only:
         if name not in names:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.config import RunConfig
+from pipeline.data.urls import check_url
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC_VARIABLE = "TRAINING_JOB"  # of the job's environment, holding a `JobSpec` as JSON
@@ -64,7 +65,9 @@ def from_the_root(config: RunConfig) -> RunConfig:
 
 
 def absolute(place: str) -> str:
-    """A path from the root; URLs, and none at all, stay what they are."""
+    """A path from the root; URLs, and none at all, stay what they are. Raises `UserError` for a URL
+    with a password: Ray would show it to all who see the job."""
+    check_url(place)
     return place if not place or "://" in place else str(Path(place).resolve())
 
 

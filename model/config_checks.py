@@ -4,7 +4,8 @@ Each check raises `ValueError` with one line: the field, what it has, what was e
 """
 
 import math
-from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+import reprlib
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -40,8 +41,21 @@ CLASSIFICATIONS = {
 """Of the detectors that have another one than the focal loss alone."""
 
 
+def check_numbers(config: Any, section: str = "") -> None:
+    """Raises `ValueError` where a field of a dataclass has a number that no computation takes: one
+    that is not finite, or a whole one of 2**31 or more. section: goes before the field's name."""
+    for name, value in vars(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{section}{name}: got {value!r}, expected a finite number")
+            if isinstance(number, int) and abs(number) >= 2**31:
+                shown = reprlib.repr(value)
+                raise ValueError(f"{section}{name}: got {shown}, expected less than 2**31")
+
+
 def check(config: "ModelConfig") -> None:
     """Raises `ValueError` for a configuration that no detector can be built from."""
+    check_numbers(config)
     _check_values(config)
     _check_owned(config)
     _check_levels_and_stages(config)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from model.config import ModelConfig
+from model.config_checks import check_numbers
 
 
 def _require(condition: bool, what: str, got: object, expected: str) -> None:
@@ -46,8 +47,9 @@ class DataConfig:
     """Shards whose samples are mixed with each other; more mixes better, fewer reads closer."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "data.")
         _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "1 or more")
-        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
+        _require(0 < self.cache_gb <= 1e9, "data.cache_gb", self.cache_gb, "above 0, at most 1e9")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class AugmentConfig:
     """Evaluation: size of the shorter side. 0: the size is kept."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "augment.")
         for name in ("crop_probability", "flip_probability", "transpose_probability"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"augment.{name}", value, "a probability in [0, 1]")
@@ -108,6 +111,7 @@ class OptimizerConfig:
     from checkpoints; 0.9997 is common for runs of 100,000 steps. 0: none."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "optimizer.")
         _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "in [0, 1)")
         for name in ("lr", "backbone_lr", "offsets_lr_factor", "weight_decay", "clip_norm"):
             value = getattr(self, name)
@@ -136,6 +140,7 @@ class ScheduleConfig:
         return epoch == self.epochs or epoch % self.evaluate_every == 0
 
     def __post_init__(self) -> None:
+        check_numbers(self, "schedule.")
         for name in ("epochs", "evaluate_every"):
             value = getattr(self, name)
             _require(value >= 1, f"schedule.{name}", value, "1 or more")
@@ -192,6 +197,7 @@ class EngineConfig:
     """Deterministic algorithms only (on a GPU this costs speed)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "engine.")
         for name in (
             "micro_batch", "loader_workers", "max_padded_pixels",
             "checkpoint_steps", "checkpoint_minutes", "keep_every_epochs", "check_after",
@@ -202,7 +208,7 @@ class EngineConfig:
             value = getattr(self, name)
             _require(value >= 1, f"engine.{name}", value, "1 or more")
         value = self.collective_timeout
-        _require(value > 0, "engine.collective_timeout", value, "seconds, above 0")
+        _require(1 <= value <= 1e6, "engine.collective_timeout", value, "1 to 1e6 seconds")
 
 
 @dataclass(frozen=True)

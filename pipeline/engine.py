@@ -21,6 +21,7 @@ from pipeline.config import EngineConfig, RunConfig, ScheduleConfig
 from pipeline.data.loader import micro_batch_size
 from pipeline.errors import Unreachable, UserError
 from pipeline.parent import end_with_parent
+from pipeline.process_group import join_group
 from pipeline.zero3 import without_weights
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,10 +70,9 @@ def start_process_group(device: torch.device, timeout: float = 600.0) -> tuple[i
         # DeepSpeed would compile a shared-memory all-reduce (a minute, -march=native) that serves
         # inference only; training reduces through gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized() and "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = "0"
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        join_group(backend, timeout)
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False,
         timeout=timedelta(seconds=timeout),

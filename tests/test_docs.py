@@ -104,6 +104,8 @@ FOREIGN_OPTIONS = {
     "--num-cpus", "--object-manager-port", "--ray-client-server-port", "--runtime-env-agent-port",
     "--nproc-per-node", "--nodes", "--signal", "--requeue", "--time", "--gres", "--account",
     "--partition", "--shm-size", "--gpus-per-node", "--exclusive", "--nodelist", "--nnodes",
+    "--standalone", "--rdzv-endpoint", "--local-addr", "--master-addr", "--master-port",
+    "--shutdown-timeout",
 }  # fmt: skip
 
 

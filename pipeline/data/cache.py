@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import fsspec
 from filelock import FileLock, Timeout
 
+from pipeline.data.urls import masked
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ def attempt(url: str, work: Callable[[], T]) -> T:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    return masked((str(error).strip().splitlines() or [""])[0]) or type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.data.urls import check_url
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ class ShardSet:
     location: a folder, or its URL (`s3://`, `gs://`, `http://`, whatever fsspec reads), whose
     shards are kept in `cache_dir` (empty: a folder of the user's cache) while they are needed, at
     most `cache_gb` (of 10**9 bytes) of them. Raises `UserError` when the folder is missing, is not
-    a shard folder, or lacks a shard.
+    a shard folder, or lacks a shard, and for a URL with a password or a query.
     """
 
     def __init__(self, location: str | Path, cache_dir: str = "", cache_gb: float = 100) -> None:
         self.folder = _without_scheme(str(location)).rstrip("/") or "/"
         remote = is_remote(self.folder)
+        check_url(self.folder)
         manifest = _remote_manifest(self.folder) if remote else _read_manifest(Path(self.folder))
         self.digest: str = manifest["digest"]
         self.header: dict[str, Any] = manifest["header"]

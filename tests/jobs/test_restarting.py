@@ -207,6 +207,19 @@ def test_mistakes_are_found_before_a_cluster_is_asked(arguments, message, tmp_pa
     assert "\n" not in str(raised.value)
 
 
+def test_a_job_brings_no_secret_of_its_submitters_environment(monkeypatch):
+    for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "S3CRET")
+    sent = []
+    client = SimpleNamespace(
+        list_jobs=list, submit_job=lambda **job: sent.append(job) or job["submission_id"]
+    )
+    spec = JobSpec(config=recipe("demo").to_json(), folder="/runs/x")
+    assert submit(client, spec, "run") == "run-0"
+    assert "/runs/x" in str(sent)
+    assert "S3CRET" not in str(sent)
+
+
 def test_one_folder_has_one_job():
     running = SimpleNamespace(
         submission_id="run-0",
