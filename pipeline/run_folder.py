@@ -69,7 +69,7 @@ def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         "labels": asdict(dataset.labels),
     }
     path = folder / "config.json"
-    before = _identity_before(path) if path.exists() else {}
+    before = read_identity(folder) if path.exists() else {}
     for name in DIGESTS if before else ():
         got, expected = str(identity[name]), before[name]
         if got != expected:
@@ -83,8 +83,9 @@ def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         _write_json(path, identity)
 
 
-def _identity_before(path: Path) -> dict[str, Any]:
-    """What config.json says. Raises `UserError` where it is damaged."""
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What a run folder's config.json says. Raises `UserError` where it is damaged."""
+    path = folder / "config.json"
     why = f"expected {', '.join(DIGESTS)} in it"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +94,7 @@ def _identity_before(path: Path) -> dict[str, Any]:
     if not isinstance(before, dict) or not all(isinstance(before.get(n), str) for n in DIGESTS):
         raise UserError(
             f"{path} is damaged: {why}; put a copy of it back (MLflow has one of each job), or go "
-            f"on from the weights alone: --init.weights {path.parent} and another --output"
+            f"on from the weights alone: --init.weights {folder} and another --output"
         )
     return before
 

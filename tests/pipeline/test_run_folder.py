@@ -5,10 +5,12 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pipeline.dataset import open_dataset
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
+from pipeline.replay import replay_step
 from pipeline.run_folder import claim
 
 
@@ -48,4 +50,6 @@ def test_a_damaged_one_is_told_and_left(tmp_path, config, content, why):
     with pytest.raises(UserError, match=re.escape(f"{path} is damaged: {why}")) as told:
         claim(tmp_path, config, open_dataset(config))
     assert "put a copy of it back" in str(told.value)
+    with pytest.raises(UserError, match=re.escape(f"{path} is damaged: {why}")):
+        replay_step(tmp_path, 1, torch.device("cpu"))
     assert path.read_bytes() == content
