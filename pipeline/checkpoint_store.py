@@ -119,7 +119,8 @@ def take_over(folder: Path, warn: Callable[[str], None]) -> Path | None:
     checkpoints = folder / "checkpoints"
     for path in checkpoints.glob("step-*.old"):
         final = path.with_suffix("")
-        if not final.exists():  # killed between the two renames of `write`
+        if check(final) is not None:  # killed between the two renames of `write`, or damaged since
+            shutil.rmtree(final, ignore_errors=True)
             os.rename(path, final)
     for left in (*checkpoints.glob("step-*.old"), *checkpoints.glob("step-*.partial")):
         shutil.rmtree(left, ignore_errors=True)

@@ -152,6 +152,15 @@ def test_killed_while_a_step_is_written_again_it_has_the_one_of_before(tmp_path,
     assert names(tmp_path) == ["step-00000010"]
 
 
+def test_one_that_is_replaced_stays_until_the_new_one_is_seen_to_be_whole(tmp_path):
+    path = saved(tmp_path, 10, best_step=5)
+    path.rename(path.with_suffix(".old"))
+    flip_byte(saved(tmp_path, 11).rename(path))  # and killed before the removal of the old one
+    assert take_over(tmp_path, pytest.fail) == path
+    assert load_progress(path).best_step == 5
+    assert names(tmp_path) == ["step-00000010"]
+
+
 def test_what_a_killed_process_left_half_done_is_removed(tmp_path):
     path = saved(tmp_path, 10)
     for name in ("step-00000020.partial", "step-00000010.old"):
