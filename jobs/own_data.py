@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from jobs.demo import step
 from jobs.grid_state import Code
@@ -309,14 +308,14 @@ def is_finished(run: Path, config: RunConfig) -> bool:
     """Whether this very training has ended in the folder. Raises `UserError` where the folder is
     of a training with another config."""
     from pipeline.dataset import open_dataset
-    from pipeline.run_folder import differences
+    from pipeline.run_folder import differences, read_identity
     from pipeline.tracking import read_lines
 
     if not (run / "config.json").is_file():
         return False
     classes = open_dataset(config).labels.num_classes
     config = replace(config, model=replace(config.model, num_classes=classes))
-    identity: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    identity = read_identity(run)
     if identity["config_digest"] != config.digest():
         raise UserError(
             f"--output {run.parent} holds a training with another config "

@@ -40,10 +40,12 @@ class Restarts:
         )
 
     def _newest_step(self) -> int:
+        """Of the checkpoints that are intact: a damaged one is none to go on from."""
         # Imports torch, which the job's parent process does without unless its child dies.
-        from pipeline.checkpoint_store import checkpoint_steps
+        from pipeline.checkpoint_store import newest_intact
 
-        return max(checkpoint_steps(self.folder), default=0)
+        newest = newest_intact(self.folder, lambda _: None)
+        return int(newest.name.removeprefix("step-")) if newest else 0
 
     def _last_step(self) -> int:
         """The last one that the run has logged or saved."""

@@ -18,8 +18,8 @@ from pipeline.checkpoint_store import (
     load_model,
     load_progress,
     load_training,
-    newest_intact,
     prune,
+    take_over,
     write,
 )
 from pipeline.config import RunConfig
@@ -146,11 +146,11 @@ class Clock:
 
 def resume(state: State, folder: Path, warn: Callable[[str], None]) -> Progress | None:
     """Loads the newest intact checkpoint (collective), or returns None. It may have been written by
-    another number of processes, in another ZeRO stage.
+    another number of processes, in another ZeRO stage. Rank 0 holds the run folder.
 
     `warn(message)` is told on rank 0 of every checkpoint that had to be passed over.
     """
-    found: list[Path | None] = [newest_intact(folder, warn) if dist.get_rank() == 0 else None]
+    found: list[Path | None] = [take_over(folder, warn) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return None if found[0] is None else load(state, found[0])
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/step-00000250` with the model as `model.pt`, what training
 needs beside it as `training.pt`, `progress.json`, and `manifest.json` with the SHA-256 of every
-file. A folder that does not match its manifest is not a checkpoint. Reading executes no code.
+file. A folder that does not match its manifest is not a checkpoint: a training that finds one moves
+it aside, as `step-00000250.damaged`. Reading executes no code.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ import torch
 
 from model.weights import why_unread
 from pipeline.errors import UserError
+from pipeline.whole_file import flush
 
+NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
 MANIFEST = "manifest.json"
 BEFORE_IT = "remove this checkpoint, and the one before it is taken"
 
@@ -46,9 +49,10 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any) -> Path:
     """Writes a checkpoint of the run folder and returns where it is. Until the last moment it is
-    not there at all, or is the one that it replaces: of before the evaluation, or damaged.
+    not there at all, or is the one that it replaces: of before the evaluation.
 
-    Raises `OSError` where the disk is full or closed; whatever was there before is still there."""
+    Lines of metrics and evaluations up to the step are on the disk before it is there. Raises
+    `OSError` where the disk is full or closed; whatever was there before is still there."""
     final = checkpoint_path(folder, progress.step)
     aside = final.with_suffix(".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -58,6 +62,7 @@ def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any
         _save(model, aside / "model.pt")
         _save(training, aside / "training.pt")
         _write_manifest(aside)
+        _flush_run(folder)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -65,8 +70,8 @@ def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any
     shutil.rmtree(before, ignore_errors=True)
     if final.exists():
         os.rename(final, before)
-    os.rename(aside, final)
-    _flush(final.parent)
+    os.rename(aside, final)  # killed before it, the next start finds `before`
+    flush(final.parent)
     shutil.rmtree(before, ignore_errors=True)
     return final
 
@@ -92,25 +97,67 @@ def _write(text: str, file: Path) -> None:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of all checkpoints that the run folder has, intact or not."""
-    return [int(path.name[5:]) for path in sorted((folder / "checkpoints").glob("step-*[0-9]"))]
+    """Steps of all checkpoints that the run folder has, intact or not, in order."""
+    names = [path.name for path in (folder / "checkpoints").glob("step-*") if path.is_dir()]
+    return sorted(int(name[5:]) for name in names if NAME.fullmatch(name))
 
 
 def newest_intact(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint of the run folder that matches its manifest. `warn(message)` is told of
     every one that had to be passed over."""
-    for path in sorted((folder / "checkpoints").glob("step-*[0-9]"), reverse=True):
+    newest, passed_over = _search(folder)
+    for path, problem in passed_over:
+        warn(f"checkpoint {path.name} is passed over: {problem}")
+    return newest
+
+
+def take_over(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, for the one process that holds the run folder.
+
+    Ends what a killed process has left half done. Those passed over are moved aside, because they
+    would count as the latest: they are kept until a start passes over others."""
+    checkpoints = folder / "checkpoints"
+    for path in checkpoints.glob("step-*.old"):
+        final = path.with_suffix("")
+        if check(final) is not None:  # killed between the two renames of `write`, or damaged since
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(path, final)
+    for left in (*checkpoints.glob("step-*.old"), *checkpoints.glob("step-*.partial")):
+        shutil.rmtree(left, ignore_errors=True)
+    newest, passed_over = _search(folder)
+    if passed_over:
+        for earlier in checkpoints.glob("step-*.damaged"):
+            shutil.rmtree(earlier)
+    for path, problem in passed_over:
+        aside = path.with_suffix(".damaged")
+        os.rename(path, aside)
+        warn(f"checkpoint {path.name} is passed over: {problem}; it is kept as {aside.name}")
+    return newest
+
+
+def _search(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest intact checkpoint, and each newer one with what is wrong with it."""
+    passed_over: list[tuple[Path, str]] = []
+    for step in reversed(checkpoint_steps(folder)):
+        path = checkpoint_path(folder, step)
         problem = check(path)
         if problem is None:
-            return path
-        warn(f"checkpoint {path.name} is passed over: {problem}")
-    return None
+            return path, passed_over
+        passed_over.append((path, problem))
+    return None, passed_over
 
 
 def check(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None where every file matches its digest."""
+    try:
+        return _check(path)
+    except FileNotFoundError as error:  # a training prunes it at this moment
+        return f"{Path(error.filename).name} is missing"
+
+
+def _check(path: Path) -> str | None:
     manifest = path / MANIFEST
-    if not manifest.exists():
+    if not manifest.is_file():
         return f"it has no {MANIFEST}"
     try:
         digests = json.loads(manifest.read_text(encoding="utf-8"))
@@ -273,16 +320,15 @@ def _write_manifest(folder: Path) -> None:
         digests[str(file.relative_to(folder))] = _sha256(file)
     manifest = folder / MANIFEST
     _write(json.dumps(digests, indent=1), manifest)
-    _flush(folder)
+    flush(folder)
 
 
-def _flush(folder: Path) -> None:
-    """A folder's list of names, to the disk itself."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _flush_run(folder: Path) -> None:
+    """What the run has logged, and the names in its folder."""
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        flush(metrics)
+    flush(folder)
 
 
 def _sha256(file: Path) -> str:

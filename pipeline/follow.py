@@ -1,8 +1,9 @@
 """New lines of a run's metrics file as they are written."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from pipeline.tracking import whole_lines
 
 
 class Tail:
@@ -26,6 +27,6 @@ class Tail:
                 self.position, self.inode = 0, inode
             file.seek(self.position)
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.position += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        lines, length = whole_lines(data)
+        self.position += length
+        return lines

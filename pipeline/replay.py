@@ -27,6 +27,7 @@ from pipeline.engine import AUTOCAST, seed_step, start_process_group
 from pipeline.errors import UserError
 from pipeline.initialise import initial_model
 from pipeline.run import new_state
+from pipeline.run_folder import read_identity
 from pipeline.tracking import read_lines
 
 
@@ -199,10 +200,9 @@ def _shares(
 
 def _recorded(folder: Path, step: int) -> tuple[RunConfig, int]:
     """The run's config, and by how many processes the step was taken."""
-    file = folder / "config.json"
-    if not file.is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json")
-    config = RunConfig.from_json(json.dumps(json.loads(file.read_text("utf-8"))["config"]))
+    config = RunConfig.from_json(json.dumps(read_identity(folder)["config"]))
     starts = [x for x in read_lines(folder / "metrics.jsonl") if x.get("event") == "start"]
     if not starts or not 1 <= step <= starts[-1]["steps"]:
         most = starts[-1]["steps"] if starts else 0

@@ -24,7 +24,13 @@ from pipeline.engine import build_engine, choose_device, start_process_group
 from pipeline.evaluate import ground_truth
 from pipeline.initialise import initial_model
 from pipeline.meter import Meter
-from pipeline.run_folder import best_evaluated, claim, hold, publish_best
+from pipeline.run_folder import (
+    best_evaluated,
+    claim,
+    hold,
+    publish_best,
+    saying_what_is_saved,
+)
 from pipeline.stop import StopRequest, stop_request
 from pipeline.tracking import MetricsLog
 from pipeline.update import Updater
@@ -65,7 +71,11 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
     # Before the folder is claimed: it may find a mistake.
     model, initial = initial_model(config, dataset.labels.names)
     rank, world = start_process_group(device, config.engine.collective_timeout)
-    with hold(folder, rank == 0), stop_request(folder, look=rank == 0) as request:
+    with (
+        hold(folder, rank == 0),
+        saying_what_is_saved(folder),
+        stop_request(folder, look=rank == 0) as request,
+    ):
         if rank == 0:
             claim(folder, config, dataset)
         dist.barrier()

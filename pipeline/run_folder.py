@@ -9,17 +9,25 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.checkpoint_store import Progress, check, checkpoint_path, checkpoint_steps
+from pipeline.checkpoint_store import (
+    Progress,
+    check,
+    checkpoint_path,
+    checkpoint_steps,
+    newest_intact,
+)
 from pipeline.config import RunConfig
 from pipeline.dataset import Dataset
 from pipeline.errors import FolderInUse, UserError
 from pipeline.evaluate import Evaluation
+from pipeline.machine_errors import of_the_system
 from pipeline.stop import STOP_FILE
 from pipeline.whole_file import PARTIAL, write_whole
 
 # What may be in the folder of a run that has not begun: of its launcher, and the lock.
 BEFORE_A_RUN = frozenset(("ray", "mlflow.json", "lock", STOP_FILE))
 DYING = 60.0  # seconds in which processes of a killed training are gone
+DIGESTS = ("config_digest", "train_digest", "val_digest")
 
 
 @contextmanager
@@ -61,19 +69,50 @@ def claim(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         "labels": asdict(dataset.labels),
     }
     path = folder / "config.json"
-    if path.exists():
+    before = read_identity(folder) if path.exists() else {}
+    for name in DIGESTS if before else ():
+        got, expected = str(identity[name]), before[name]
+        if got != expected:
+            what = "config" if name == "config_digest" else f"data.{name.removesuffix('_digest')}"
+            said = differences(config, before) if name == "config_digest" else ""
+            said = said or f"got digest {got[:12]}, expected {expected[:12]}"
+            raise UserError(
+                f"run folder {folder} belongs to another {what}: {said}; choose another --output"
+            )
+    if before != json.loads(json.dumps(identity)):  # the same lists and names as were read
+        _write_json(path, identity)
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What a run folder's config.json says. Raises `UserError` where it is damaged."""
+    path = folder / "config.json"
+    why = f"expected {', '.join(DIGESTS)} in it"
+    try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        for part in ("config", "train", "val"):
-            got, expected = identity[f"{part}_digest"], before[f"{part}_digest"]
-            if got != expected:
-                what = "config" if part == "config" else f"data.{part}"
-                said = differences(config, before) if part == "config" else ""
-                said = said or f"got digest {got[:12]}, expected {expected[:12]}"
-                raise UserError(
-                    f"run folder {folder} belongs to another {what}: {said}; "
-                    f"choose another --output"
-                )
-    _write_json(path, identity)
+    except (ValueError, RecursionError) as error:
+        before, why = None, f"it is not JSON ({error})"
+    if not isinstance(before, dict) or not all(isinstance(before.get(n), str) for n in DIGESTS):
+        raise UserError(
+            f"{path} is damaged: {why}; put a copy of it back (MLflow has one of each job), or go "
+            f"on from the weights alone: --init.weights {folder} and another --output"
+        )
+    return before
+
+
+@contextmanager
+def saying_what_is_saved(folder: Path) -> Iterator[None]:
+    """Where the disk, or another part of the machine, ends a run that has a checkpoint: adds to
+    the error that nothing of it is lost."""
+    try:
+        yield
+    except OSError as error:
+        newest = newest_intact(folder, lambda _: None)
+        if error.errno is None or newest is None:
+            raise
+        raise OSError(
+            f"{of_the_system(error)}; the run's checkpoints are intact, and the same command goes "
+            f"on from {newest.name}"
+        ) from error
 
 
 def _refuse_foreign(folder: Path) -> None:

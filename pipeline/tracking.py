@@ -19,9 +19,13 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
 
     def write(self, kind: str, step: int, epoch: float, **values: Any) -> None:
+        """Raises `OSError` naming the file where the disk is full or closed."""
         line = {"kind": kind, "step": step, "epoch": epoch, "time": time.time(), **values}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def rewind(self, step: int, epoch: int) -> None:
         """Drops what was logged after `step`, and evaluations after `epoch`: the run goes on from
@@ -34,12 +38,25 @@ class MetricsLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file. A last line cut short by a crash is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if text.endswith("\n"):
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # a torn line that a later write completed
-                continue
-    return lines
+    """All whole lines of a metrics file. A last line cut short by a crash is left out, and so is
+    what is no line of metrics."""
+    return whole_lines(path.read_bytes())[0]
+
+
+def whole_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines of metrics in `data`, and how many bytes there are up to the end of the last line.
+    One that is damaged, such as a torn one that a later write has completed, is left out."""
+    end = data.rfind(b"\n") + 1
+    parsed = [_parsed(line) for line in data[:end].splitlines()]
+    return [line for line in parsed if line is not None], end
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        return None
+    named = line["kind"] != "event" or isinstance(line.get("event"), str)
+    return line if named and type(line.get("step")) is int else None

@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -94,6 +95,24 @@ def out_of_gpu_memory() -> None:
 
 def small_files_only() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+
+
+def no_room_for_metrics() -> None:
+    """From the second step on, when the checkpoint of the first is whole."""
+    from pipeline.checkpoint_store import checkpoint_steps
+    from pipeline.tracking import MetricsLog
+
+    write = MetricsLog.write
+
+    def full(self: MetricsLog, kind: str, step: int, *given: Any, **values: Any) -> None:
+        if step == 2:
+            while not checkpoint_steps(self.path.parent):
+                time.sleep(0.01)
+            size = self.path.stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        write(self, kind, step, *given, **values)
+
+    MetricsLog.write = full  # type: ignore[method-assign]
 
 
 def killed_loader() -> None:
@@ -255,6 +274,17 @@ TRAINING = [
             ("the checkpoint after step 3 cannot be written", "File too large",
              "goes on from there"),
             "Raise the limit, or use another disk.", small_files_only),
+    Mistake("the same limit, met by the log of metrics",
+            f"{CPU} --optimizer.batch-size 8 --engine.log-every 1 --engine.checkpoint-steps 1",
+            ("new/metrics.jsonl", "File too large", "ulimit -f", "checkpoints are intact",
+             "the same command goes on from step-00000001"),
+            "Raise the limit, and give the same command.", no_room_for_metrics,
+            kept=("shards",)),
+    Mistake("a config.json of a run that is cut short", CPU.replace("new", "run"),
+            ("run/config.json is damaged: it is not JSON", "put a copy of it back",
+             "--init.weights run"),
+            "Do as it says.", lambda: os.truncate("run/config.json", 100),
+            kept=("run/checkpoints",)),
     Mistake("too little shared memory for the loader", CPU,
             ("a loader process was killed", "--engine.loader-workers", "--shm-size"),
             "docker run --shm-size 8g, or fewer loader processes.", killed_loader),

@@ -10,13 +10,16 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import psutil
-import torch
 
-from pipeline.checkpoint_store import checkpoint_path, checkpoint_steps, load_model
+from pipeline.config import RunConfig
+from pipeline.data.order import Stream
+from pipeline.data.shards import ShardSet
 from pipeline.tracking import read_lines
+from tests.pipeline.training_runs import require_same_ends
 from tests.ports import free_port, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,15 +190,16 @@ class Run:
 
         return condition
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        newest = max(checkpoint_steps(self.folder))
-        return load_model(checkpoint_path(self.folder, newest))["model"]
-
-    def results(self) -> list[dict]:
-        """Every logged number that does not depend on the clock."""
-        timing = {"time", "images_per_second", "data_wait", "seconds"}
-        lines = self.lines("train") + self.lines("evaluation")
-        return [{k: v for k, v in x.items() if k not in timing} for x in lines]
+    def samples(self) -> Counter[tuple[int, int]]:
+        """How often each (epoch, sample) was trained on, by the steps of the log, which must be all
+        of them."""
+        identity = json.loads((self.folder / "config.json").read_text())
+        config = RunConfig.from_json(json.dumps(identity["config"]))
+        shards = ShardSet(config.data.train)
+        stream = Stream(shards.shard_sizes, config.seed, config.data.shuffle_window)
+        size = config.optimizer.batch_size
+        batches = [stream.batch(x["step"] - 1, size).tolist() for x in self.lines("train")]
+        return Counter((epoch, sample) for batch in batches for epoch, sample in batch)
 
 
 def options(drawn, folder: Path, epochs: int, *more: object) -> list[object]:
@@ -208,13 +212,16 @@ def options(drawn, folder: Path, epochs: int, *more: object) -> list[object]:
 
 
 def assert_same(run: Run, uninterrupted: Run) -> None:
-    """Weights and logged numbers equal bit by bit, every step once."""
+    """Weights, the optimizer's state and logged numbers equal bit by bit; every step once, and in
+    every epoch every sample once."""
     steps = [x["step"] for x in run.lines("train")]
-    assert steps == [x["step"] for x in uninterrupted.lines("train")]
-    assert run.results() == uninterrupted.results()
-    weights, expected = run.weights(), uninterrupted.weights()
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert steps == list(range(1, len(steps) + 1))
+    samples, epochs = run.samples(), run.lines("event")[-1]["epoch"]
+    assert set(samples.values()) == {1}
+    per_epoch = Counter(epoch for epoch, _ in samples)
+    assert sorted(per_epoch) == list(range(int(epochs)))
+    assert len(set(per_epoch.values())) == 1
+    require_same_ends(run.folder, uninterrupted.folder)
 
 
 def send(process: psutil.Process, number: int = signal.SIGKILL) -> float:

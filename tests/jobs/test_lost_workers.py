@@ -14,6 +14,7 @@ from jobs.lost import WorkersLost, of_supervisor
 from jobs.restarts import Restarts
 from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
 from jobs.submit import _stream
+from pipeline.checkpoint_store import Progress, write
 from pipeline.errors import Unreachable, UserError
 from pipeline.recipes import recipe
 from tests.error_table.memory import KILLED, Client, failing
@@ -69,7 +70,7 @@ def test_a_kill_for_memory_is_not_another_failure_twice(group, capsys):
 def test_a_new_checkpoint_is_getting_on(tmp_path):
     restarts = Restarts(tmp_path, 3)
     assert not restarts.stuck()
-    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    write(tmp_path, Progress(5), {}, {})
     assert not restarts.stuck()
     assert restarts.stuck()
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from jobs import own_data
 from jobs.__main__ import COMMANDS
-from jobs.own_data import is_given, recipe_of
+from jobs.own_data import is_finished, is_given, recipe_of
 from jobs.own_data_report import Prepared, advice_of, again, found, next_commands
 from jobs.own_data_start import PUBLISHED, beginning, starts_from
 from model.detr import build_model
@@ -71,7 +71,8 @@ def trained(monkeypatch):
         classes = ShardSet(config.data.train).categories
         config = replace(config, model=replace(config.model, num_classes=len(classes)))
         (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
-        identity = {"config": json.loads(config.to_json()), "config_digest": config.digest()}
+        identity = {"config": json.loads(config.to_json()), "config_digest": config.digest(),
+                    "train_digest": "", "val_digest": ""}  # fmt: skip
         (folder / "config.json").write_text(json.dumps(identity))
         best = {"epoch": 2, "checkpoint": "step-00000004", "summary": dict.fromkeys(SUMMARY, 0.25),
                 "per_class": {"coin": 0.5, "tile": 0.125}}  # fmt: skip
@@ -443,3 +444,11 @@ def test_commands_of_the_guide_have_options_that_there_are():
     known = {"--init.weights", *_options_of(own_data.OwnDataOptions)}
     known.add("--data")  # of evaluate
     assert given - known == set()
+
+
+def test_a_training_whose_config_is_damaged_is_told(drawn, tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"rec')
+    train, val = (str(drawn.shards / split) for split in ("train", "val"))
+    config = replace(recipe("demo"), data=replace(recipe("demo").data, train=train, val=val))
+    with pytest.raises(UserError, match=r"config\.json is damaged: it is not JSON"):
+        is_finished(tmp_path, config)

@@ -19,14 +19,15 @@ from jobs.restarts import Restarts
 from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
 from jobs.stopping import ASKED, PREEMPTED, StopFile
 from jobs.submit import submit
+from pipeline.checkpoint_store import Progress, write
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def checkpoint(folder: Path, step: int) -> None:
-    (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+def checkpoint(folder: Path, step: int) -> Path:
+    return write(folder, Progress(step), {}, {})
 
 
 def test_failures_count_from_the_newest_checkpoint(tmp_path):
@@ -38,6 +39,18 @@ def test_failures_count_from_the_newest_checkpoint(tmp_path):
     assert "restart 2 of 2 since the checkpoint of step 29" in str(restarts)
     assert not restarts.allowed()
     assert not Restarts(tmp_path, 0).allowed()
+
+
+def test_a_damaged_checkpoint_is_none_to_count_from(tmp_path):
+    """Else those that come after it, of lower steps, would not count, and the job would end."""
+    checkpoint(tmp_path, 5)
+    (checkpoint(tmp_path, 30) / "training.pt").write_bytes(b"cut short")
+    restarts = Restarts(tmp_path, 1)
+    for step in (6, 7, 8):
+        checkpoint(tmp_path, step)
+        assert restarts.allowed()
+    assert "restart 1 of 1 since the checkpoint of step 8" in str(restarts)
+    assert not restarts.allowed()
 
 
 def test_a_stop_is_answered_with_its_reason_once(tmp_path):

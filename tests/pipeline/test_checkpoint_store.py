@@ -1,4 +1,4 @@
-"""Damaged checkpoints are found and passed over; nothing but whole ones is loaded."""
+"""Damaged checkpoints are found and passed over; nothing but whole ones is loaded or kept."""
 
 import json
 import os
@@ -8,20 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
+import pipeline.checkpoint_store
 from pipeline.checkpoint_store import (
     Progress,
     check,
     checkpoint_path,
+    checkpoint_steps,
     load_model,
     load_progress,
     load_training,
     newest_intact,
     prune,
+    take_over,
     write,
 )
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluation
-from pipeline.run_folder import best_evaluated, write_evaluation
+from pipeline.follow import Tail
+from pipeline.machine_errors import of_the_system
+from pipeline.run_folder import best_evaluated, saying_what_is_saved, write_evaluation
 from pipeline.tracking import MetricsLog, read_lines
 
 
@@ -48,9 +53,17 @@ def flip_byte(path):
     file.write_bytes(data)
 
 
+def as_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda path: as_folder(path / "manifest.json"), r"no manifest\.json"),
+        (lambda path: as_folder(path / "model.pt"), r"model\.pt is missing"),
+        (lambda path: as_folder(path / "progress.json"), r"progress\.json is missing"),
         (flip_byte, "SHA-256"),
         (lambda path: (path / "model.pt").unlink(), r"model\.pt is missing"),
         (lambda path: (path / "manifest.json").unlink(), r"no manifest\.json"),
@@ -79,6 +92,132 @@ def test_a_checkpoint_of_another_version_is_one_clear_error(tmp_path):
     (path / "progress.json").write_text('{"step": 10, "epoch": 1, "step_in_epoch": 3}')
     with pytest.raises(UserError, match="written by another version"):
         load_progress(path)
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_what_was_passed_over_does_not_count_as_the_latest(tmp_path):
+    """The run goes on from 5, whose checkpoint stays until a newer one is intact."""
+    for step in (5, 10, 20):
+        saved(tmp_path, step)
+    flip_byte(checkpoint_path(tmp_path, 10))
+    flip_byte(checkpoint_path(tmp_path, 20))
+    said = []
+    assert take_over(tmp_path, said.append) == checkpoint_path(tmp_path, 5)
+    problem = "is passed over: training.pt is not what was written (SHA-256 differs)"
+    assert said == [
+        f"checkpoint step-{step:08d} {problem}; it is kept as step-{step:08d}.damaged"
+        for step in (20, 10)
+    ]
+    for step, left in ((7, [5, 7]), (8, [7, 8])):
+        saved(tmp_path, step)
+        prune(tmp_path, 2, set())
+        assert checkpoint_steps(tmp_path) == left
+    assert newest_intact(tmp_path, pytest.fail) == checkpoint_path(tmp_path, 8)
+
+    flip_byte(checkpoint_path(tmp_path, 8))  # the earlier ones give way: the disk does not fill
+    assert take_over(tmp_path, said.append) == checkpoint_path(tmp_path, 7)
+    assert names(tmp_path) == ["step-00000007", "step-00000008.damaged"]
+
+
+def test_where_none_is_intact_all_are_kept_aside(tmp_path):
+    for step in (10, 20):
+        flip_byte(saved(tmp_path, step))
+    assert take_over(tmp_path, lambda _: None) is None
+    assert names(tmp_path) == ["step-00000010.damaged", "step-00000020.damaged"]
+    assert take_over(tmp_path, pytest.fail) is None  # and stay
+    assert names(tmp_path) == ["step-00000010.damaged", "step-00000020.damaged"]
+
+
+class Killed(BaseException):
+    """Ends a process that can do nothing more."""
+
+
+def test_killed_while_a_step_is_written_again_it_has_the_one_of_before(tmp_path, monkeypatch):
+    path = saved(tmp_path, 10, best_step=5)
+
+    def rename(one, other):
+        os.replace(one, other)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", rename)
+        with pytest.raises(Killed):
+            saved(tmp_path, 10, best_step=10)
+    assert names(tmp_path) == ["step-00000010.old", "step-00000010.partial"]
+    assert take_over(tmp_path, pytest.fail) == path
+    assert load_progress(path).best_step == 5
+    assert names(tmp_path) == ["step-00000010"]
+
+
+def test_one_that_is_replaced_stays_until_the_new_one_is_seen_to_be_whole(tmp_path):
+    path = saved(tmp_path, 10, best_step=5)
+    path.rename(path.with_suffix(".old"))
+    flip_byte(saved(tmp_path, 11).rename(path))  # and killed before the removal of the old one
+    assert take_over(tmp_path, pytest.fail) == path
+    assert load_progress(path).best_step == 5
+    assert names(tmp_path) == ["step-00000010"]
+
+
+def test_what_a_killed_process_left_half_done_is_removed(tmp_path):
+    path = saved(tmp_path, 10)
+    for name in ("step-00000020.partial", "step-00000010.old"):
+        (path.parent / name).mkdir()
+        (path.parent / name / "model.pt").write_bytes(b"x" * 1000)
+    assert take_over(tmp_path, pytest.fail) == path
+    assert names(tmp_path) == ["step-00000010"]
+
+
+def test_other_names_are_no_checkpoints(tmp_path):
+    saved(tmp_path, 10)
+    path = saved(tmp_path, 123456789)
+    for name in ("step-0000003x9", "step-99", "step-000000011", "step-00000012.damaged", "x"):
+        (path.parent / name).mkdir()
+    (path.parent / "step-00000099").touch()
+    assert checkpoint_steps(tmp_path) == [10, 123456789]
+    assert take_over(tmp_path, pytest.fail) == path
+    prune(tmp_path, 1, set())
+    assert checkpoint_steps(tmp_path) == [123456789]
+
+
+def test_one_that_is_removed_while_it_is_read_is_passed_over(tmp_path, monkeypatch):
+    """As `predict` may find it, beside a training that prunes."""
+    before, newest = saved(tmp_path, 10), saved(tmp_path, 20)
+    read = pipeline.checkpoint_store._sha256
+
+    def too_late(file):
+        if file.parent == newest:
+            file.unlink()
+        return read(file)
+
+    monkeypatch.setattr(pipeline.checkpoint_store, "_sha256", too_late)
+    said = []
+    assert newest_intact(tmp_path, said.append) == before
+    assert said == ["checkpoint step-00000020 is passed over: model.pt is missing"]
+
+
+def test_a_power_cut_finds_all_of_a_checkpoint_and_what_was_logged_before(tmp_path, monkeypatch):
+    """What has reached the disk when the folder gets its name; the name itself, soon after."""
+    MetricsLog(tmp_path).write("train", 10, 0.5)
+    synced, fsync, rename = [], os.fsync, os.rename
+
+    def record(descriptor):
+        synced.append(str(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path)))
+        fsync(descriptor)
+
+    def renamed(one, other):
+        synced.append(f"name {Path(other).name}")
+        rename(one, other)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "rename", renamed)
+    saved(tmp_path, 10)
+    named, aside = synced.index("name step-00000010"), "checkpoints/step-00000010.partial"
+    files = {f"{aside}/{x}" for x in ("model.pt", "training.pt", "progress.json", "manifest.json")}
+    assert {*files, aside, "metrics.jsonl", "."} <= set(synced[:named])
+    assert synced[named + 1 :] == ["checkpoints"]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
@@ -178,6 +317,45 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
     assert [line["kind"] for line in read_lines(log.path)] == ["train", "train"]
     log.write("train", 3, 0.3, loss=0.5)
     assert [line["loss"] for line in read_lines(log.path)] == [1.0, 0.5, 0.5]
+
+
+def test_what_is_no_line_of_metrics_is_left_out(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write("train", 1, 0.1, loss=1.0)
+    bad = (
+        b"{}", b"[1]", b"null", b'{"kind": "train", "step": "2"}', b'{"kind": "event", "step": 1}',
+        b'{"kind": "tr\xffin", "step": 2}', b"\x00" * 20, b"[" * 100_000,
+    )  # fmt: skip
+    with log.path.open("ab") as file:
+        file.write(b"\n".join(bad) + b"\n")
+    log.write("train", 2, 0.2, loss=0.5)
+    assert [line["loss"] for line in read_lines(log.path)] == [1.0, 0.5]
+    tail = Tail(log.path)
+    assert [line["loss"] for line in tail.new_lines()] == [1.0, 0.5]
+    log.write("train", 3, 0.3, loss=0.25)
+    assert [line["loss"] for line in tail.new_lines()] == [0.25]
+    log.rewind(2, 0)
+    assert [line["loss"] for line in read_lines(log.path)] == [1.0, 0.5]
+    assert len(log.path.read_bytes().splitlines()) == 2
+
+
+def test_a_disk_without_room_for_a_line_is_told_with_what_is_saved(tmp_path):
+    log = MetricsLog(tmp_path)
+    full = f"{log.path}: No space left on device; free some, or choose a place on another disk"
+
+    def said():
+        log.path.symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space") as told, saying_what_is_saved(tmp_path):
+            log.write("train", 1, 0.1)
+        return of_the_system(told.value)
+
+    assert said() == full
+    log.path.unlink()
+    saved(tmp_path, 10)
+    flip_byte(saved(tmp_path, 20))
+    assert said() == (
+        f"{full}; the run's checkpoints are intact, and the same command goes on from step-00000010"
+    )
 
 
 def test_a_run_folder_of_a_training_that_has_only_begun_is_told_as_one(tmp_path):

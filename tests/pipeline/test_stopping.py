@@ -1,5 +1,6 @@
 """Trainings that are killed, asked to stop, or started twice: nothing is lost, nothing differs."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 import pipeline.run_folder
 from pipeline.__main__ import COMMANDS
-from pipeline.checkpoint_store import checkpoint_steps
+from pipeline.checkpoint_store import checkpoint_path, checkpoint_steps
 from pipeline.cli import main
 from pipeline.engine import stop_process_group
 from pipeline.errors import FolderInUse
@@ -59,13 +60,15 @@ def test_the_latest_the_best_and_a_period_of_epochs_are_kept(whole):
 
 
 @pytest.mark.slow
-def test_killed_then_asked_to_stop_it_ends_as_if_undisturbed(drawn, whole, tmp_path):
+def test_killed_damaged_and_asked_to_stop_it_ends_as_if_undisturbed(drawn, whole, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     # Checkpoints as often as can be: they change nothing.
     often = ["--engine.checkpoint-minutes", 1e-6]
     arguments = command(drawn, "demo", folder, *OPTIONS, *often, ranks=2)
-    kill_once(lambda: checkpoint_steps(folder), arguments, log)
+    kill_once(lambda: len(checkpoint_steps(folder)) > 1, arguments, log)
     before = checkpoint_steps(folder)[-1]
+    damaged = checkpoint_path(folder, before)
+    os.truncate(damaged / "training.pt", 1000)
 
     process = start(arguments, log)
     wait_for(lambda: checkpoint_steps(folder)[-1] > before, process, log)
@@ -75,6 +78,8 @@ def test_killed_then_asked_to_stop_it_ends_as_if_undisturbed(drawn, whole, tmp_p
     (stopped,) = events(folder, "stopped")
     assert f"stopped after step {stopped['step']} as asked" in log.read_text()
     assert checkpoint_steps(folder)[-1] == stopped["step"]  # not a step was lost
+    assert f"{damaged.name} is passed over: training.pt" in log.read_text()
+    assert list(damaged.parent.glob("*.*")) == [damaged.with_suffix(".damaged")]
 
     run(arguments)
     assert len(events(folder, "start")) == 3
@@ -154,6 +159,48 @@ def test_a_step_is_taken_again_to_the_last_bit(plain, capsys):
         said = capsys.readouterr().err
         assert words in said
         assert len(said.splitlines()) == 1
+
+
+FULL_AT_4 = """
+import resource, sys, time
+from pipeline.__main__ import COMMANDS
+from pipeline.checkpoint_store import checkpoint_steps
+from pipeline.cli import main
+from pipeline.tracking import MetricsLog
+
+write = MetricsLog.write
+
+def full(self, kind, step, *given, **values):
+    if step == 4:  # every file that is written from now on is too long
+        while checkpoint_steps(self.path.parent) != [2]:
+            time.sleep(0.01)
+        size = self.path.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, size + 20))
+    write(self, kind, step, *given, **values)
+
+MetricsLog.write = full
+sys.exit(main("full", "", COMMANDS, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_without_room_for_metrics_it_says_what_is_saved_and_goes_on_from_there(
+    drawn, plain, tmp_path
+):
+    script, folder = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(FULL_AT_4)
+    options = [*ALONE, "--engine.checkpoint-steps", 2]
+    arguments = command(drawn, "demo", folder, *options, script=str(script))
+    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {folder}/metrics.jsonl: File too large; raise the limit on the size of files "
+        f"(ulimit -f); the run's checkpoints are intact, and the same command goes on from "
+        f"step-00000002\n"
+    )
+    assert not (folder / "metrics.jsonl").read_bytes().endswith(b"\n")  # cut short, indeed
+    run(command(drawn, "demo", folder, *options))
+    require_same_ends(folder, plain)
 
 
 HOLDING = """

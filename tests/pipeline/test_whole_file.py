@@ -1,9 +1,13 @@
 """Small files are replaced whole, also by a signal's handler in the middle of a write."""
 
 import json
+import os
+import resource
 import signal
 import threading
 from pathlib import Path
+
+import pytest
 
 from pipeline.whole_file import write_whole
 
@@ -15,6 +19,41 @@ def test_a_file_is_as_it_was_or_as_it_is(tmp_path):
     assert path.read_text() == "22"
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
     assert not list((tmp_path / "aside").iterdir())
+
+
+def test_a_file_without_room_is_named_and_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file.json"
+    write_whole(path, "1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as told:
+            write_whole(path, "2" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert told.value.filename == str(path)
+    assert path.read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_power_cut_finds_a_whole_file(tmp_path, monkeypatch):
+    """Its content reaches the disk before its name, and its name before the writer goes on."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def record(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def replaced(one, other):
+        done.append("renamed")
+        replace(one, other)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_whole(tmp_path / "file.json", "1")
+    content, *rest = done
+    assert content.startswith("file.json.")
+    assert rest == ["renamed", tmp_path.name]
 
 
 def test_a_handler_may_write_what_it_interrupts(tmp_path, monkeypatch):
