@@ -23,16 +23,14 @@ from tests.pipeline.training_runs import (
 
 GPUS = torch.cuda.device_count()
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device")]
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.chaos),  # most of a minute
+    pytest.param("cuda", marks=ON_A_GPU),
+]
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.chaos),  # test_stopping.py has the like
-        pytest.param("cuda", marks=ON_A_GPU),
-    ],
-)
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_killed_run_ends_as_the_undisturbed_one_to_the_last_bit(
     drawn, tmp_path, monkeypatch, device
 ):
@@ -66,7 +64,7 @@ sys.exit(main("overflowing", "", COMMANDS, sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_steps_that_overflow_in_fp16_are_left_out_and_the_run_goes_on(drawn, tmp_path, device):
     """From a loss scale of 2^20, of which half precision cannot hold a tenth."""
     script, folder = tmp_path / "script.py", tmp_path / "run"
