@@ -60,7 +60,8 @@ bench: setup
 	@$(BIN)/python -m cuda_ops benchmark
 
 # For a GPU machine, without the environment above: PYTHON needs torch, torchvision, scipy and tyro;
-# transformers for BESIDE, pytest and hypothesis for the tests. Goes on after a failure, then fails.
+# transformers for BESIDE, pytest and hypothesis for the tests, the packages of requirements.lock for
+# those of trainings. Goes on after a failure, then fails.
 BESIDE ?= grid_sample transformers
 STEPS ?= 20
 RESULTS := docs/benchmarks
@@ -73,8 +74,11 @@ gpu:
 	try $(PYTHON) -m cuda_ops check --device cuda; \
 	try $(PYTHON) -m cuda_ops benchmark --device cuda --output $(RESULTS)/operators-$$name.json; \
 	if $(PYTHON) -c 'import pytest' 2>/dev/null; then \
+		trainings=tests/pipeline/test_training_on_gpu.py; \
+		$(PYTHON) -c 'import deepspeed, faster_coco_eval, pycocotools' >/dev/null 2>&1 || { trainings=; \
+			echo "--- deepspeed, faster-coco-eval or pycocotools is missing: no trainings"; }; \
 		try $(PYTHON) -m pytest -m gpu tests/cuda_ops tests/pipeline/test_bad_step.py \
-			tests/pipeline/test_benchmark_step.py tests/pipeline/test_loader_hand_over.py; \
+			tests/pipeline/test_benchmark_step.py tests/pipeline/test_loader_hand_over.py $$trainings; \
 	else echo "--- pytest is not installed: the tests marked gpu are left out"; fi; \
 	try $(PYTHON) -m pipeline benchmark-step deformable_detr_r50 --device cuda --batch-sizes 2 4 8 \
 		--steps $(STEPS) --beside $(BESIDE) --output $(RESULTS)/step-$$name.json; \

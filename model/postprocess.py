@@ -9,6 +9,11 @@ from model.boxes import cxcywh_to_xyxy
 from model.faster_rcnn import detections
 from model.precision import full_precision
 
+# Of a set prediction, then of both stages of a Faster R-CNN.
+PREDICTIONS = (
+    "pred_logits", "pred_boxes", "objectness", "anchor_deltas", "class_logits", "box_deltas",
+)  # fmt: skip
+
 
 @torch.no_grad()
 def postprocess(outputs: dict[str, Any], sizes: Tensor, top: int = 100) -> list[dict[str, Tensor]]:
@@ -19,8 +24,10 @@ def postprocess(outputs: dict[str, Any], sizes: Tensor, top: int = 100) -> list[
     N images. sizes: [N, 2] (height, width) in pixels of what the boxes are wanted in, usually the
     original images. Returns for each image `scores` [top], `labels` [top] int64 and `boxes`
     [top, 4] absolute (x0, y0, x1, y1), not clipped to the image; fewer than `top` where there are
-    fewer pairs. Raises ValueError if `sizes` is not [N, 2].
+    fewer pairs. Raises ValueError if `sizes` is not [N, 2], FloatingPointError where predictions
+    are not finite.
     """
+    require_finite(outputs)
     if "proposals" in outputs:
         return detections(outputs, sizes, top)
     batch = len(outputs["pred_logits"])
@@ -33,6 +40,15 @@ def postprocess(outputs: dict[str, Any], sizes: Tensor, top: int = 100) -> list[
         {"scores": s, "labels": c, "boxes": b}
         for s, c, b in zip(scores, labels, boxes, strict=True)
     ]
+
+
+def require_finite(outputs: dict[str, Any]) -> None:
+    """Raises FloatingPointError naming the predictions that are not finite."""
+    given = [(name, outputs[name]) for name in PREDICTIONS if name in outputs]
+    counts = torch.stack([(~x.isfinite()).sum() for _, x in given]).tolist()
+    bad = [f"{name} ({n} of {x.numel()})" for (name, x), n in zip(given, counts, strict=True) if n]
+    if bad:
+        raise FloatingPointError(f"predictions are not finite: {', '.join(bad)}")
 
 
 def best_pairs(outputs: dict[str, Any], top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from pipeline.on_host import OnHost
 from pipeline.zero3 import is_partitioned, own_part, weights_on_host, whole_shape
 
 MOST_NAMES = 6
-MOST_FILES = 10  # of saved steps in a run folder; each holds the weights
+MOST_FILES = 10  # of saved steps in a run folder, beyond those of a row; each holds the weights
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Place:
     """The optimizer step, from 1."""
     epoch: int
     rank: int
+    skipped: int = 0
+    """Steps in a row that were left out just before and count."""
 
 
 class LossCheck:
@@ -92,8 +94,8 @@ class LossCheck:
         )
         file = place.folder / "non_finite" / f"step-{place.step:08d}-rank-{place.rank}.pt"
         file.parent.mkdir(exist_ok=True)
-        if len(list(file.parent.iterdir())) >= MOST_FILES:
-            return f"{said}; not saved, as {file.parent} has {MOST_FILES} files"
+        if not make_room(place):
+            return f"{said}; not saved, as {file.parent} has {MOST_FILES} files, some of this step"
         message = f"{said}; saved, to be run again by: python -m pipeline replay {file}"
         torch.save(
             {
@@ -111,6 +113,37 @@ class LossCheck:
             file,
         )
         return message
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """The bad steps that were saved in a run folder, by step and rank."""
+    return sorted((folder / "non_finite").glob("step-[0-9]*-rank-[0-9]*.pt"), key=step_of)
+
+
+def step_of(file: Path) -> tuple[int, int]:
+    """Step and rank of a bad step, by its file's name."""
+    _, step, _, rank = file.stem.split("-")
+    return int(step), int(rank)
+
+
+def make_room(place: Place) -> bool:
+    """Removes the oldest bad steps, but none of the row that the present one is in, until there is
+    room for another file. Where there is none, whether this step has no file yet: the step at which
+    a run stops is always saved by a rank."""
+    files = saved_steps(place.folder)
+    row = range(place.step - place.skipped, place.step + 1)
+    old = sorted((f for f in files if step_of(f)[0] not in row), key=_time_of_writing)
+    too_many = len(files) + 1 - MOST_FILES
+    for file in old[: max(0, too_many)]:
+        file.unlink(missing_ok=True)
+    return too_many <= len(old) or not any(step_of(file)[0] == place.step for file in files)
+
+
+def _time_of_writing(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:  # another rank has removed it
+        return 0.0
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import nms
 
 from model.boxes import cxcywh_to_xyxy
-from model.postprocess import class_scores
+from model.postprocess import class_scores, require_finite
 from model.precision import full_precision
 
 
@@ -28,8 +28,10 @@ def best_objects(outputs: dict[str, Any], threshold: float, most: int) -> list[D
     """The at most `most` best of the first image that score `threshold` or more, best first.
 
     A query counts with its best class. Of boxes that overlap by an IoU above 0.5 the best alone is
-    taken: further ones would be figures of the same object.
+    taken: further ones would be figures of the same object. Raises FloatingPointError where
+    predictions are not finite.
     """
+    require_finite(outputs)
     scores, columns = class_scores(outputs)[0].max(-1)
     boxes = cxcywh_to_xyxy(full_precision(outputs["pred_boxes"][0]))
     kept = nms(boxes, scores, 0.5)

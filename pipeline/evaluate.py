@@ -83,7 +83,8 @@ def detect(
     the 100 best of each, best first.
 
     `between` is called before each batch that all ranks have one like, so it may be collective. The
-    model's mode is restored afterwards.
+    model's mode is restored afterwards. Raises FloatingPointError, on all ranks alike (collective),
+    where predictions are not finite.
     """
     return detect_best(model, shards, labels, config, device, rank, world, between, (100,))[0]
 
@@ -111,17 +112,34 @@ def detect_best(
     )
     size = config.engine.evaluation_batch
     common = -(-len(shards) // size) // world
+    refused = ""
     with evaluating(model):
         for i, batch in enumerate(loader):
             if i < common:
                 between()
+            if refused:
+                continue  # for the others, who meet this rank in `between`
             batch = batch.to(device)
             outputs = infer(model, batch, dtype)
-            for top, found in zip(tops, detections, strict=True):
-                results = postprocess(outputs, batch.sizes.to(device), top)
-                for image_id, result in zip(batch.image_ids, results, strict=True):
-                    found += records(image_id, result, labels)
+            try:
+                for top, found in zip(tops, detections, strict=True):
+                    results = postprocess(outputs, batch.sizes.to(device), top)
+                    for image_id, result in zip(batch.image_ids, results, strict=True):
+                        found += records(image_id, result, labels)
+            except FloatingPointError as error:
+                refused = f"{error}, in images {batch.image_ids}"
+    refuse_together(refused)
     return detections
+
+
+def refuse_together(refused: str) -> None:
+    """Raises `FloatingPointError` on all ranks where one has refused something (collective)."""
+    of_all = [refused]
+    if dist.is_initialized():
+        of_all = [""] * dist.get_world_size()
+        dist.all_gather_object(of_all, refused)
+    if any(of_all):
+        raise FloatingPointError(next(filter(None, of_all)))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ for objects in detector.predict(["street.jpg"], threshold=0.5):
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,17 @@ from pipeline.dataset import open_shards
 from pipeline.engine import AUTOCAST, choose_device, naming_inference_memory
 from pipeline.errors import UserError
 from pipeline.predict_images import Prepared, prepare
+
+
+@contextmanager
+def naming_checkpoint(path: str | Path) -> Iterator[None]:
+    """Makes a `UserError` of predictions that are not finite, which names the checkpoint."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(
+            f"checkpoint {path}: {error}; it is of a training that diverged, give an earlier one"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ class Detector:
         self, images: Sequence[Prepared], threshold: float = 0.0, most: int = 100
     ) -> list[Detections]:
         """One forward pass over a batch of one image or more. Raises `UserError` where it needs
-        more memory than there is."""
+        more memory than there is, `FloatingPointError` where predictions are not finite."""
         records = [{"id": i, "height": p.height, "width": p.width} for i, p in enumerate(images)]
         batch = collate([p.example for p in images], records)
         dtype = AUTOCAST.get(self.config.engine.precision)

@@ -4,6 +4,7 @@ From what a rank saved of a step that went wrong, or from the checkpoint before 
 position and the generators follow from the step's number.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from model.criterion import build_criterion
 from model.detr import build_model
-from pipeline.bad_step import LossCheck, Place, describe
+from pipeline.bad_step import LossCheck, Place, describe, saved_steps, step_of
 from pipeline.checkpoint import State, load
 from pipeline.checkpoint_store import Progress, check, checkpoint_path, checkpoint_steps
 from pipeline.config import RunConfig
@@ -42,6 +43,7 @@ def replay_saved(file: Path, device: torch.device) -> tuple[dict[str, Tensor], s
     model = build_model(config.model).to(device)
     model.load_state_dict(saved["model"])
     model.train()
+    torch.use_deterministic_algorithms(config.engine.deterministic)
     batch = Batch(**saved["batch"]).to(device)
     dtype = AUTOCAST.get(config.engine.precision)
     torch.set_rng_state(saved["generators"]["cpu"])
@@ -134,19 +136,20 @@ def replay_step(folder: Path, step: int, device: torch.device) -> Replayed:
     A run of one process is repeated exactly; of more, sums over ranks are rounded otherwise.
     Nothing is written. Raises `UserError` for what is no run folder or no step of it.
     """
-    config, world = _recorded(folder, step)
+    config, worlds = _recorded(folder, step)
     config = replace(config, engine=replace(config.engine, loader_workers=0))
     dataset = open_dataset(config)
     config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
     start_process_group(device)
+    torch.use_deterministic_algorithms(config.engine.deterministic)
     model, _ = initial_model(config, dataset.labels.names)
     epoch_steps = steps_per_epoch(dataset.train, config.optimizer.batch_size)
     state = new_state(config, model.to(device), epoch_steps)
     path = _checkpoint_before(folder, step)
     progress = load(state, path) if path else Progress()
     criterion = build_criterion(config.model).to(device)
-    ranks = _shares(config, dataset, range(progress.step, step), world)
-    for number, shares in enumerate(zip(*ranks, strict=True), progress.step):
+    steps = _shares(config, dataset, range(progress.step, step), worlds)
+    for number, shares in enumerate(steps, progress.step):
         state.meter.restart()
         place = Place(folder, config, number + 1, progress.epoch, rank=0)
         with _first_bad_module(state.engine.module) as bad:
@@ -189,25 +192,36 @@ def _take(
 
 
 def _shares(
-    config: RunConfig, dataset: Dataset, steps: range, world: int
-) -> list[Iterator[list[Batch]]]:
-    """What each rank read in the steps."""
-    return [
-        training_steps(dataset.train, dataset.labels, config, steps, rank, world, pin_memory=False)
-        for rank in range(world)
-    ]
+    config: RunConfig, dataset: Dataset, steps: range, worlds: dict[int, int]
+) -> Iterator[tuple[list[Batch], ...]]:
+    """What the ranks read in each of the steps (numbered from 0). worlds: of `_recorded`."""
+    later = [first for first in worlds if first > steps.start]
+    bounds = [steps.start, *(first for first in later if first < steps.stop), steps.stop]
+    for start, stop in itertools.pairwise(bounds):
+        world = worlds[max(first for first in worlds if first <= start)]
+        given = (dataset.train, dataset.labels, config, range(start, stop))
+        ranks = [training_steps(*given, rank, world, pin_memory=False) for rank in range(world)]
+        yield from zip(*ranks, strict=True)
 
 
-def _recorded(folder: Path, step: int) -> tuple[RunConfig, int]:
-    """The run's config, and by how many processes the step was taken."""
-    if not (folder / "config.json").is_file():
+def _recorded(folder: Path, step: int) -> tuple[RunConfig, dict[int, int]]:
+    """The run's config, and by how many processes it went on after which steps, in their order.
+    Raises `UserError` where it has not got to `step`."""
+    file, log = folder / "config.json", folder / "metrics.jsonl"
+    if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json")
     config = RunConfig.from_json(json.dumps(read_identity(folder)["config"]))
-    starts = [x for x in read_lines(folder / "metrics.jsonl") if x.get("event") == "start"]
-    if not starts or not 1 <= step <= starts[-1]["steps"]:
-        most = starts[-1]["steps"] if starts else 0
-        raise UserError(f"step: got {step}, expected one of 1 to {most}, the steps of {folder}")
-    return config, [x["world"] for x in starts if x["step"] < step][-1]
+    lines = read_lines(log) if log.exists() else []
+    saved = [step_of(file)[0] for file in saved_steps(folder)]
+    worlds = {x["step"]: x["world"] for x in lines if x.get("event") == "start"}
+    taken = [*(line["step"] for line in lines), *checkpoint_steps(folder), *saved]
+    last = max(taken) if worlds else 0
+    if not 1 <= step <= last:
+        expected = f"one of 1 to {last}, the steps that {folder} has taken" if last else (
+            f"a run that has taken one, which {folder} has not"
+        )  # fmt: skip
+        raise UserError(f"step: got {step}, expected {expected}")
+    return config, worlds
 
 
 def _checkpoint_before(folder: Path, step: int) -> Path | None:

@@ -29,8 +29,8 @@ def take_step(run: Run, progress: Progress, micro_batches: list[Batch], save: bo
     """Trains on this rank's micro-batches of the global batch after `progress` (collective).
 
     `save` on rank 0 and a stop request on any rank reach all of them with this step. Raises
-    `FloatingPointError` on all ranks where it is the last of `engine.most_skipped_steps` in a row
-    whose loss or gradient is not finite.
+    `FloatingPointError` on all ranks, and logs it, where it is the last of
+    `engine.most_skipped_steps` in a row whose loss or gradient is not finite.
     """
     seed_step(run.config.seed, progress.step, run.rank)
     passes = len(micro_batches)
@@ -40,7 +40,9 @@ def take_step(run: Run, progress: Progress, micro_batches: list[Batch], save: bo
     # The engine averages over ranks, and here is averaged over passes. This normaliser makes that
     # the loss of the whole global batch, divided by its number of boxes.
     num_boxes = total[0].clamp(min=1) / (run.world * passes)
-    place = Place(run.folder, run.config, progress.step + 1, progress.epoch, run.rank)
+    place = Place(
+        run.folder, run.config, progress.step + 1, progress.epoch, run.rank, progress.skipped
+    )
     checks, computed = [], []
     for i, batch in enumerate(micro_batches):
         check = LossCheck(place, run.state.engine.module, batch, num_boxes)
@@ -63,6 +65,10 @@ def take_step(run: Run, progress: Progress, micro_batches: list[Batch], save: bo
         skipped = progress.skipped + counts
         why = reason(said, progress.step + 1, scale, run.state.updater.scale.dynamic)
         if skipped >= run.config.engine.most_skipped_steps:
+            if run.rank == 0:
+                step = progress.step + 1
+                epoch = step / run.steps_per_epoch
+                run.log.write("event", step, epoch, event="diverged", text=why)
             raise FloatingPointError(why)
     wants_save, wants_stop = asked.read().tolist()
     return Outcome(skipped, why, wants_save > 0, wants_stop > 0)

@@ -4,6 +4,7 @@ Starting a run whose folder exists resumes it. Nothing here knows who launched i
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,14 +13,14 @@ from typing import Any
 import torch.distributed as dist
 
 from model.detr import build_model
-from pipeline.bad_step import require_finite_weights
+from pipeline.bad_step import require_finite_weights, saved_steps
 from pipeline.checkpoint import Clock
 from pipeline.checkpoint_store import Progress, checkpoint_path, load_model
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.loader import on_device, training_steps
 from pipeline.engine import naming_timeouts
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, UserError
 from pipeline.evaluate import detect, gather, summarize
 from pipeline.run import Run, resume, started
 from pipeline.run_folder import write_detections, write_evaluation
@@ -44,12 +45,14 @@ def train(config: RunConfig, folder: Path) -> Path:
     with naming_timeouts(config.engine.collective_timeout), started(config, folder) as run:
         progress = resume(run)
         if progress.step == 0 and run.config.init.weights:
-            label_check(run, progress)
+            with naming_step(run, progress):
+                label_check(run, progress)
         steps = remaining_steps(run, progress)
         for epoch in range(progress.epoch, run.config.schedule.epochs):
             progress = train_epoch(run, progress, steps)
             if run.config.schedule.evaluates(epoch + 1):
-                progress = evaluate_epoch(run, progress, epoch + 1)
+                with naming_step(run, progress):
+                    progress = evaluate_epoch(run, progress, epoch + 1)
             else:
                 progress = replace(progress, epoch=epoch + 1)
             save(run, progress)
@@ -78,13 +81,31 @@ def train_epoch(run: Run, progress: Progress, steps: Iterator[list[Batch]]) -> P
         if last or _is_multiple(progress.step, settings.log_every):
             log_step(run, progress)
         if progress.step == run.config.engine.check_after:
-            label_check(run, progress)
+            with naming_step(run, progress):
+                label_check(run, progress)
         if outcome.stop:
             stop(run, progress)
         if outcome.save or (not last and _is_multiple(progress.step, settings.checkpoint_steps)):
             save(run, progress)
             clock.restart()
     return progress
+
+
+@contextmanager
+def naming_step(run: Run, progress: Progress) -> Iterator[None]:
+    """Adds to the error of predictions that are not finite the step, and what helps."""
+    try:
+        yield
+    except FloatingPointError as error:
+        if progress.step == 0:
+            raise UserError(f"init.weights {run.config.init.weights}: {error}") from error
+        saved = saved_steps(run.folder)
+        bad = f"; a step that went wrong is saved in {saved[-1]}" if saved else ""
+        raise FloatingPointError(
+            f"after step {progress.step} the {error}; the training has diverged: begin anew, with "
+            f"another --output, with a lower --optimizer.lr (got {run.config.optimizer.lr:g}) or "
+            f"a longer --schedule.warmup-fraction{bad}"
+        ) from error
 
 
 def _is_multiple(step: int, period: int) -> bool:

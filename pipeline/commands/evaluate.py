@@ -60,6 +60,7 @@ def run_evaluate(args: list[str]) -> None:
     )
     check_evaluation(options)
     from pipeline.evaluate import ground_truth
+    from pipeline.predict import naming_checkpoint
 
     detector = loaded(options)
     shards = detector.open(options.data)
@@ -68,7 +69,8 @@ def run_evaluate(args: list[str]) -> None:
     rank, world = join_group(detector.device)
     if rank == 0 and options.output:
         options.output.mkdir(exist_ok=True)
-    found = detected(detector, shards, options, rank, world)
+    with naming_checkpoint(options.checkpoint):
+        found = detected(detector, shards, options, rank, world)
     if found is None:  # process 0 has them
         return
     best, more = found

@@ -49,7 +49,7 @@ def run_predict(args: list[str]) -> None:
 
     check_output(options.output)
     files = find_images(options.images, options.recursive)
-    from pipeline.predict import Detector
+    from pipeline.predict import Detector, naming_checkpoint
     from pipeline.predict_files import predict_files
 
     detector = Detector.load(options.checkpoint, options.device, options.precision)
@@ -61,7 +61,10 @@ def run_predict(args: list[str]) -> None:
         "most": options.most,
     }
     started = time.monotonic()
-    with writing(options.output, detector.labels, info) as output:
+    with (
+        naming_checkpoint(options.checkpoint),
+        writing(options.output, detector.labels, info) as output,
+    ):
         predict_files(
             detector, files, output, options.output / "pictures" if options.pictures else None,
             options.threshold, options.most, options.batch_size,

@@ -41,12 +41,13 @@ def run_visualize(args: list[str]) -> None:
     )
     check_figures(options)
     from pipeline.look_inside import choose_images, look_inside
-    from pipeline.predict import Detector
+    from pipeline.predict import Detector, naming_checkpoint
 
     detector = Detector.load(options.checkpoint, options.device)
     shards = detector.open(options.data)
     indices = choose_images(shards, options.image_ids, options.count)
-    look_inside(detector, shards, indices, options.output, options.objects, options.threshold)
+    with naming_checkpoint(options.checkpoint):
+        look_inside(detector, shards, indices, options.output, options.objects, options.threshold)
 
 
 def check_figures(options: VisualizeOptions) -> None:

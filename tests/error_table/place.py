@@ -136,6 +136,8 @@ def in_child(mistake: Mistake, work: Path, out: Path, err: Path, debug: bool) ->
     try:
         return DOORS[door]([*argv, *(["--debug"] if debug else [])])
     except SystemExit as stop:
+        if isinstance(stop.code, str):  # as the interpreter does
+            print(stop.code, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1
 
 

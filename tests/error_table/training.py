@@ -66,6 +66,10 @@ def fewer_classes(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def without_numbers(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "model": {n: x * torch.nan for n, x in content["model"].items()}}
+
+
 def held() -> None:
     """Another training has the folder."""
     import pipeline.run_folder
@@ -226,6 +230,9 @@ CHECKPOINTS = [
             saved(fewer_classes)),
     Mistake("a best.json that was edited", VISUALIZE, ("best.json is damaged", "expected step-"),
             "Give a checkpoint itself.", text("run/best.json", '{"checkpoint": "../../etc"}')),
+    Mistake("a checkpoint of a training that diverged", FILE,
+            ("predictions are not finite", "give an earlier one"), "Give an earlier checkpoint.",
+            saved(without_numbers)),
     Mistake("a universal checkpoint into a folder that is there", UNIVERSAL.replace("new", "coco"),
             ("'coco' exists already", "expected a new folder"), "Choose another name.",
             kept=("coco/annotations",)),
@@ -288,6 +295,14 @@ TRAINING = [
     Mistake("too little shared memory for the loader", CPU,
             ("a loader process was killed", "--engine.loader-workers", "--shm-size"),
             "docker run --shm-size 8g, or fewer loader processes.", killed_loader),
+    Mistake("a training that diverges",
+            f"{CPU} --optimizer.batch-size 8 --schedule.epochs 1 --optimizer.lr 1e30",
+            ("after step 3 the predictions are not finite", "lower --optimizer.lr", "is saved in"),
+            "Begin anew with a lower rate, or a longer warm-up.", status=1),
+    Mistake("replay of a step that was never taken", "python -m pipeline replay run 60",
+            ("step: got 60", "expected one of"), "Give one that the run has taken.",
+            text("run/metrics.jsonl",
+                 '{"kind": "event", "event": "start", "step": 0, "world": 1, "steps": 90}\n')),
     Mistake("operators that are not built", "python -m cuda_ops check --device cpu",
             ("not built", "python -m cuda_ops build"), "Build them.", operators("missing")),
     Mistake("operators built before a change", "python -m cuda_ops check --device cpu",

@@ -18,11 +18,14 @@ from pipeline.checkpoint_store import check, checkpoint_path, load_model, load_t
 from pipeline.cli import main
 from pipeline.data.augment import Example
 from pipeline.data.batch import collate
+from pipeline.data.labels import build_labels
+from pipeline.data.shards import ShardSet
 from pipeline.engine import AUTOCAST
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
 from pipeline.replay import replay_saved
 from pipeline.tracking import read_lines
+from tests.pipeline.made_up_detector import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -110,6 +113,22 @@ def test_a_loss_that_the_matcher_does_not_see(tmp_path):
     assert "loss: nan" in report
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_step_is_replayed_in_the_deterministic_mode_of_its_run(tmp_path, deterministic):
+    step = Step(tmp_path)
+    engine = replace(step.config.engine, deterministic=deterministic)
+    step.place = replace(step.place, config=replace(step.config, engine=engine))
+    poison(step.model, 3)
+    with pytest.raises(FloatingPointError):
+        step.take(a_batch())
+    torch.use_deterministic_algorithms(not deterministic)
+    try:
+        replay_saved(saved_file(tmp_path), CPU)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -162,6 +181,35 @@ def test_a_target_that_is_not_finite_is_named_as_an_input(tmp_path):
     batch.targets[1]["boxes"][0, 2] = float("nan")
     with pytest.raises(FloatingPointError, match=r"not finite: inputs boxes of image 1 \(1 of 8\)"):
         Step(tmp_path).take(batch)
+
+
+def saved_names(folder: Path, first: int, skipped: int, ranks: int = 1) -> list[str]:
+    """Saves a row of bad steps from `first` on; what is left of all that were saved."""
+    step = Step(folder)
+    poison(step.model, 3)
+    for number in range(skipped + 1):
+        for rank in range(ranks):
+            step.place = Place(folder, step.config, first + number, 0, rank, number)
+            with pytest.raises(FloatingPointError):
+                step.take(a_batch())
+    return sorted(path.stem for path in (folder / "non_finite").iterdir())
+
+
+def test_the_steps_at_which_a_run_stops_are_saved_and_the_oldest_go(tmp_path):
+    for number in range(100, 0, -10):  # step 100 is the oldest, of an earlier attempt
+        names = saved_names(tmp_path, number, 0)
+    assert len(names) == 10
+    names = saved_names(tmp_path, 201, 2)
+    kept = (*range(10, 80, 10), 201, 202, 203)
+    assert names == [f"step-{n:08d}-rank-0" for n in kept]
+    # A row longer than there is room for is kept whole.
+    assert saved_names(tmp_path, 301, 11) == [f"step-{n:08d}-rank-0" for n in range(301, 313)]
+
+
+def test_of_many_ranks_that_find_a_bad_step_one_at_least_saves_it(tmp_path):
+    names = saved_names(tmp_path, 5, 2, ranks=12)
+    first = sorted(f"step-00000005-rank-{n}" for n in range(10))
+    assert names == [*first, "step-00000006-rank-0", "step-00000007-rank-0"]
 
 
 def test_weights_that_are_not_finite_reach_no_checkpoint():
@@ -243,6 +291,9 @@ def test_a_bad_step_is_left_out_on_all_ranks_and_a_row_ends_the_run(drawn, tmp_p
     told = [x["text"] for x in lines if "left out" in x.get("text", "")]
     assert [text.split(")")[0][-1] for text in told] == ["1", "2", "1", "2"]  # in a row
     assert "step 4, rank 1" in told[0]
+    (ended,) = [x for x in lines if x.get("event") == "diverged"]
+    assert ended["step"] == 9
+    assert said[0] == f"error: {ended['text']}"
 
     # The checkpoint before is intact.
     steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -260,3 +311,48 @@ def test_a_bad_step_is_left_out_on_all_ranks_and_a_row_ends_the_run(drawn, tmp_p
     report = capsys.readouterr().out
     assert "step 4, rank 1, images" in report
     assert "heads.classes.5 (Linear)" in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "val"), [("schedule.epochs", True), ("engine.check-after", False)]
+)
+def test_a_run_that_diverges_before_an_evaluation_stops_with_one_line(
+    drawn, tmp_path, run_command, option, val
+):
+    """Steps 2 and 3 of an epoch of 3 are left out, one fewer than would stop it. Then come the
+    label check, where it is due, and the evaluation; images of validation count from 900001."""
+    folder = tmp_path / "run"
+    given = [
+        "pipeline", "train", "demo", "--output", folder, "--data.train", drawn.shards / "train",
+        "--data.val", drawn.shards / "val", "--optimizer.batch-size", 16, "--optimizer.lr", 1e30,
+        "--engine.precision", "fp32", "--engine.loader-workers", 0, "--engine.device", "cpu",
+        f"--{option}", 3,
+    ]  # fmt: skip
+    done = run_command(*given)
+    assert done.returncode == 1, done.stderr
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("error: after step 3 the predictions are not finite: pred_logits (")
+    assert (int(said.split("in images [")[1].split(",")[0]) > 900000) == val
+    assert "with a lower --optimizer.lr (got 1e+30)" in said
+    assert str(folder / "non_finite" / "step-00000003-rank-0.pt") in said
+
+
+def test_a_checkpoint_of_a_training_that_diverged_is_refused(drawn, tmp_path, capsys):
+    shards = ShardSet(drawn.shards / "val")
+    save_checkpoint(tmp_path / "model.pt", build_labels(shards.categories, "contiguous"))
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    content["model"]["heads.classes.1.bias"][:] = torch.nan
+    torch.save(content, tmp_path / "model.pt")
+    image = next((drawn.coco / "val").glob("*.jpg"))
+    for command, *options in [
+        ("evaluate", "--data", drawn.shards / "val"),
+        ("evaluate", "--data", drawn.shards / "val", "--tta"),
+        ("predict", image, "--output", tmp_path / "found"),
+        ("visualize", "--data", drawn.shards / "val", "--output", tmp_path / "figures"),
+    ]:
+        given = [command, tmp_path / "model.pt", *options]
+        assert main("python -m pipeline", "", COMMANDS, [str(x) for x in given]) == 2
+        (said,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert f"checkpoint {tmp_path / 'model.pt'}: predictions are not finite: pred_lo" in said
+        assert "it is of a training that diverged, give an earlier one" in said

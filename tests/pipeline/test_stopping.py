@@ -1,6 +1,9 @@
 """Trainings that are killed, asked to stop, or started twice: nothing is lost, nothing differs."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +18,12 @@ from pipeline.__main__ import COMMANDS
 from pipeline.checkpoint_store import checkpoint_path, checkpoint_steps
 from pipeline.cli import main
 from pipeline.engine import stop_process_group
-from pipeline.errors import FolderInUse
+from pipeline.errors import FolderInUse, UserError
+from pipeline.recipes import recipe
 from pipeline.replay import replay_step
 from pipeline.run_folder import hold
 from pipeline.stop import stop_request
+from pipeline.tracking import MetricsLog
 from tests.pipeline.training_runs import (
     ENVIRONMENT,
     ROOT,
@@ -201,6 +206,65 @@ def test_without_room_for_metrics_it_says_what_is_saved_and_goes_on_from_there(
     assert not (folder / "metrics.jsonl").read_bytes().endswith(b"\n")  # cut short, indeed
     run(command(drawn, "demo", folder, *options))
     require_same_ends(folder, plain)
+
+
+@pytest.mark.parametrize(("saved", "last"), [("checkpoints/step-00000016", 16), ("", 15)])
+def test_a_step_that_the_run_has_not_taken_is_refused(tmp_path, saved, last):
+    """Of 60 steps it has logged 15; a checkpoint or a bad step that it saved may be later."""
+    (tmp_path / "config.json").write_text(f'{{"config": {recipe("demo").to_json()}}}')
+    log = MetricsLog(tmp_path)
+    log.write("event", 0, 0.0, event="start", steps=60, world=1)
+    log.write("train", 10, 1.0, loss=2.0)
+    log.write("event", 15, 1.5, event="message", text="said")
+    (tmp_path / saved).mkdir(parents=True, exist_ok=True)
+    expected = f"step: got {{}}, expected one of 1 to {last}, the steps that {tmp_path} has taken"
+    with pytest.raises(UserError, match=re.escape(expected.format(last + 1))):
+        replay_step(tmp_path, last + 1, torch.device("cpu"))
+    (tmp_path / "non_finite").mkdir()
+    (tmp_path / "non_finite" / "step-00000017-rank-1.pt").touch()
+    with pytest.raises(UserError, match="step: got 60, expected one of 1 to 17"):
+        replay_step(tmp_path, 60, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"data\.train"):  # which this folder's config lacks
+        replay_step(tmp_path, 17, torch.device("cpu"))
+
+
+# A process of its own: DeepSpeed keeps a process group, and this one needs the first.
+REPLAY = """
+import json, sys
+from pathlib import Path
+import torch
+from pipeline.replay import replay_step
+replayed = replay_step(Path(sys.argv[1]), int(sys.argv[2]), torch.device("cpu"))
+found = {name: getattr(replayed, name) for name in ("start", "images", "losses")}
+print(json.dumps({**found, "deterministic": torch.are_deterministic_algorithms_enabled()}))
+"""
+
+
+@pytest.mark.slow
+def test_steps_by_changing_numbers_of_processes_are_taken_again(drawn, tmp_path):
+    """Two, then one: dropout draws other numbers where the shares are others."""
+    folder = tmp_path / "run"
+    options = [*ALONE, "--engine.checkpoint-steps", 1, "--engine.deterministic"]
+    name = "deformable_detr_r50_refine_demo"  # without a choice that rounding decides
+    two = command(drawn, name, folder, *options, ranks=2)
+    kill_once(lambda: checkpoint_steps(folder), two, tmp_path / "log")
+    run(command(drawn, name, folder, *options))
+    changed = events(folder, "start")[-1]["step"]
+    assert 1 <= changed < 8
+    for step in checkpoint_steps(folder):
+        if step <= changed + 1:
+            shutil.rmtree(checkpoint_path(folder, step))
+    done = subprocess.run(
+        [sys.executable, "-c", REPLAY, str(folder), str(changed + 2)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    replayed = json.loads(done.stdout.splitlines()[-1])
+    assert replayed["deterministic"]
+    assert (replayed["start"], len(replayed["images"])) == (0, 1)
+    (line,) = [x for x in metrics(folder) if x["kind"] == "train" and x["step"] == changed + 2]
+    for name, value in replayed["losses"].items():
+        assert value == pytest.approx(line[name], rel=1e-4), name
 
 
 HOLDING = """

@@ -1,6 +1,7 @@
 """Training as a user starts it: real processes, real DeepSpeed over gloo."""
 
 import json
+import math
 import subprocess
 from dataclasses import replace
 
@@ -57,6 +58,35 @@ def test_a_run_goes_on_with_other_numbers_of_processes(squares, tmp_path):
         assert mine["kind"] == theirs["kind"]
         for name in [n for n in theirs if n == "lr" or n.startswith("loss")]:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5), (theirs["step"], name)
+
+
+@pytest.mark.chaos  # minutes
+def test_the_loss_curve_of_an_elastic_run_is_that_of_an_undisturbed_one(squares, tmp_path):
+    """2, 1 and then 3 processes against 2, over 50 steps, at a rate at which rounding grows slowly
+    (docs/log.md, "Is it rounding?")."""
+    epochs = math.ceil(50 * 8 / len(ShardSet(squares.shards / "train")))
+    options = [
+        "--schedule.epochs", epochs, "--schedule.evaluate-every", epochs, "--engine.log-every", 1,
+        "--engine.precision", "fp32", "--engine.checkpoint-steps", 5, "--model.dropout", 0,
+        "--optimizer.batch-size", 8, "--optimizer.lr", 2e-5, "--optimizer.backbone-lr", 2e-5,
+    ]  # fmt: skip
+    name = "deformable_detr_r50_refine_demo"
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run(command(squares, name, whole, *options, ranks=2))
+
+    def killed_at(step: int, ranks: int) -> None:
+        arguments = command(squares, name, moved, *options, ranks=ranks)
+        kill_once(lambda: checkpoint_steps(moved)[-1:] >= [step], arguments, tmp_path / "log")
+
+    killed_at(10, ranks=2)
+    killed_at(25, ranks=1)
+    run(command(squares, name, moved, *options, ranks=3))
+    assert [x["world"] for x in events(moved, "start")] == [2, 1, 3]
+    pairs = list(zip(metrics(moved), metrics(whole), strict=True))[:50]
+    assert len(pairs) == 50
+    for mine, theirs in pairs:
+        assert mine["step"] == theirs["step"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), mine["step"]
 
 
 def empty_shares(squares, world: int) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,15 @@ def test_steps_are_those_of_plain_torch(tmp_path):
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
     ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, *launcher, str(Path(__file__).with_name("update_cases.py"))],
+        [sys.executable, *launcher, str(Path(__file__).with_name("update_cases.py")),
+         str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    # A resumed run goes on with the loss scale of its checkpoint, on both ranks.
+    assert report.pop("resumed") == [asdict(LossScale(2.0**15, dynamic=True, steps=1))] * 2
     assert report.keys() == {f"{stage}-{precision}" for stage in (0, 1, 2, 3) for precision in MOST}
     for name, found in report.items():
         precision = name[2:]

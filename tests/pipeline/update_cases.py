@@ -1,12 +1,15 @@
 """Takes optimizer steps with small engines, beside plain torch; for test_update.py.
 
-python update_cases.py: prints, as JSON, what came of each ZeRO stage and precision. Runs in the
-processes of torchrun, over gloo.
+python update_cases.py FOLDER: prints, as JSON, what came of each ZeRO stage and precision, and the
+loss scale of a run that is resumed from a checkpoint in FOLDER. Runs in the processes of torchrun,
+over gloo.
 """
 
 import json
 import math
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,11 @@ from engine_states import BATCH, Model, engine, settings
 from torch import Tensor, nn
 
 from model.parameters import parameter_groups
+from pipeline.checkpoint import CheckpointWriter, State, load
+from pipeline.checkpoint_store import Progress, checkpoint_path
+from pipeline.data.labels import Labels
 from pipeline.engine import AUTOCAST, start_process_group, stop_process_group
+from pipeline.meter import Meter
 from pipeline.training_state import gather
 from pipeline.update import Updater
 from pipeline.zero3 import own_part, weights_on_host
@@ -83,7 +90,31 @@ def plain(precision: str, rates: list[float], lr: float, clip: float) -> dict:
     return {"weights": {n: p.detach() for n, p in model.named_parameters()}, "norms": norms}
 
 
-def main() -> None:
+def resumed(folder: Path) -> list[dict]:
+    """Each rank's loss scale after a resume from a step that followed an overflow."""
+    config = settings(1, "fp16")
+
+    def fresh() -> State:
+        trained = engine(1, "fp16")
+        return State(trained, Updater(trained, config), None, Meter(BATCH, torch.device("cpu")))
+
+    state = fresh()
+    for factor in (math.inf, 1.0):
+        state.updater.backward(loss_of(state.engine(images(0)), 1) * factor, last=True)
+        assert state.updater.step() == (factor == 1)
+    labels = Labels((1,), ("thing",))
+    writer = CheckpointWriter(folder, config, labels, frozenset(), lambda _: None)
+    writer.save(state, Progress(step=2))
+    writer.wait()
+    dist.barrier()
+    again = fresh()
+    load(again, checkpoint_path(folder, 2))
+    scales: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(scales, asdict(again.updater.scale))
+    return scales
+
+
+def main(folder: Path) -> None:
     rank, _ = start_process_group(torch.device("cpu"))
     assert "mlflow" not in sys.modules  # by way of DeepSpeed: seconds of each start
     report = {}
@@ -107,10 +138,11 @@ def main() -> None:
                 "clipped": [norm > 0.1 for norm in beside["norms"]],
                 **{key: mine[key] for key in ("updates", "scales", "kept", "rates")},
             }
+    scales = resumed(folder)
     if rank == 0:
-        print(json.dumps(report))
+        print(json.dumps({**report, "resumed": scales}))
     stop_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
