@@ -33,6 +33,14 @@ a message costs more than the memory does. Half the parameters of the paper's mo
 as small; together they are 0.4% of it."""
 
 
+def set_determinism(deterministic: bool) -> None:
+    """As `--engine.deterministic` says, before anything is computed on a GPU: cuBLAS needs a
+    workspace of fixed size for it, and torch refuses its products otherwise."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def choose_device(config: EngineConfig, option: str = "--engine.device") -> torch.device:
     """The device of this process. Raises `UserError` where what was asked for is not there.
 

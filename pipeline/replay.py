@@ -24,7 +24,7 @@ from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.loader import steps_per_epoch, training_steps
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.engine import AUTOCAST, seed_step, start_process_group
+from pipeline.engine import AUTOCAST, seed_step, set_determinism, start_process_group
 from pipeline.errors import UserError
 from pipeline.initialise import initial_model
 from pipeline.run import new_state
@@ -43,7 +43,7 @@ def replay_saved(file: Path, device: torch.device) -> tuple[dict[str, Tensor], s
     model = build_model(config.model).to(device)
     model.load_state_dict(saved["model"])
     model.train()
-    torch.use_deterministic_algorithms(config.engine.deterministic)
+    set_determinism(config.engine.deterministic)
     batch = Batch(**saved["batch"]).to(device)
     dtype = AUTOCAST.get(config.engine.precision)
     torch.set_rng_state(saved["generators"]["cpu"])
@@ -141,7 +141,7 @@ def replay_step(folder: Path, step: int, device: torch.device) -> Replayed:
     dataset = open_dataset(config)
     config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
     start_process_group(device)
-    torch.use_deterministic_algorithms(config.engine.deterministic)
+    set_determinism(config.engine.deterministic)
     model, _ = initial_model(config, dataset.labels.names)
     epoch_steps = steps_per_epoch(dataset.train, config.optimizer.batch_size)
     state = new_state(config, model.to(device), epoch_steps)

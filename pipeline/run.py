@@ -20,7 +20,7 @@ from pipeline.data.loader import steps_per_epoch
 from pipeline.data.order import first_step
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.ema import Ema
-from pipeline.engine import build_engine, choose_device, start_process_group
+from pipeline.engine import build_engine, choose_device, set_determinism, start_process_group
 from pipeline.evaluate import ground_truth
 from pipeline.initialise import initial_model
 from pipeline.meter import Meter
@@ -79,7 +79,7 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
         if rank == 0:
             claim(folder, config, dataset)
         dist.barrier()
-        torch.use_deterministic_algorithms(config.engine.deterministic)
+        set_determinism(config.engine.deterministic)
         kept, best = kept_steps(config, dataset), partial(publish_best, folder)
         yield Run(
             config=config,

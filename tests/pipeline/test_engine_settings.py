@@ -1,10 +1,12 @@
 """The schedule, the optimizer's groups and DeepSpeed's dictionary."""
 
 import math
+import os
 import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from model.detr import build_model
 from pipeline.config import EngineConfig, ScheduleConfig
@@ -14,6 +16,7 @@ from pipeline.engine import (
     deepspeed_config,
     hidden,
     learning_rate_factor,
+    set_determinism,
 )
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
@@ -98,3 +101,20 @@ def test_a_hidden_module_is_not_imported_meanwhile_alone(monkeypatch):
     with hidden("math"):  # imported already: whoever has it keeps it
         assert sys.modules["math"] is math
     assert sys.modules["math"] is math
+
+
+def test_deterministic_mode_gives_cublas_the_workspace_that_torch_asks_for(monkeypatch):
+    """Without it torch refuses every product of matrices on a GPU. The user's own stays."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    try:
+        for before, after in ((":16:8", ":16:8"), (None, ":4096:8")):
+            if before is None:
+                monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+                set_determinism(False)
+                assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+                assert not torch.are_deterministic_algorithms_enabled()
+            set_determinism(True)
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == after
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

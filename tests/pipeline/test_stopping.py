@@ -211,7 +211,9 @@ def test_without_room_for_metrics_it_says_what_is_saved_and_goes_on_from_there(
 @pytest.mark.parametrize(("saved", "last"), [("checkpoints/step-00000016", 16), ("", 15)])
 def test_a_step_that_the_run_has_not_taken_is_refused(tmp_path, saved, last):
     """Of 60 steps it has logged 15; a checkpoint or a bad step that it saved may be later."""
-    (tmp_path / "config.json").write_text(f'{{"config": {recipe("demo").to_json()}}}')
+    digests = dict.fromkeys(("config_digest", "train_digest", "val_digest"), "")
+    identity = {"config": json.loads(recipe("demo").to_json()), **digests}
+    (tmp_path / "config.json").write_text(json.dumps(identity))
     log = MetricsLog(tmp_path)
     log.write("event", 0, 0.0, event="start", steps=60, world=1)
     log.write("train", 10, 1.0, loss=2.0)

@@ -31,10 +31,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_killed_run_ends_as_the_undisturbed_one_to_the_last_bit(
-    drawn, tmp_path, monkeypatch, device
-):
-    monkeypatch.setitem(ENVIRONMENT, "CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def test_a_killed_run_ends_as_the_undisturbed_one_to_the_last_bit(drawn, tmp_path, device):
     options = [
         "--schedule.epochs", 2, "--optimizer.batch-size", 8, "--model.dropout", 0.1,
         "--engine.device", device, "--engine.deterministic", "--engine.log-every", 1,
