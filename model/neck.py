@@ -14,6 +14,21 @@ from model.config import ModelConfig
 from model.precision import FullPrecisionGroupNorm
 
 
+class HalvingConv2d(nn.Conv2d):
+    """A 3x3 convolution with stride 2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # On CPUs with AMX torch 2.14 leaves parts of such a product in bfloat16 unwritten where it
+        # is one cell wide and higher.
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[-1] <= 2:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+        return super().forward(x)
+
+
 class Neck(nn.Module):
     """A 1x1 convolution for each backbone map, then 3x3 stride-2 ones for the coarser levels.
 
@@ -26,8 +41,7 @@ class Neck(nn.Module):
         extra = [channels[-1]] + [hidden_dim] * num_levels
         convolutions = [nn.Conv2d(width, hidden_dim, 1) for width in channels]
         convolutions += [
-            nn.Conv2d(width, hidden_dim, 3, stride=2, padding=1)
-            for width in extra[: num_levels - len(channels)]
+            HalvingConv2d(width, hidden_dim) for width in extra[: num_levels - len(channels)]
         ]
         for convolution in convolutions:
             nn.init.xavier_uniform_(convolution.weight)

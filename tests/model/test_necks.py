@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.neck import FPN, BiFPN, build_neck
+from model.neck import FPN, BiFPN, HalvingConv2d, build_neck
 
 SHAPES = [(13, 18), (7, 9), (4, 5), (2, 3)]
 
@@ -76,3 +76,20 @@ def test_every_neck_gives_the_same_shapes_and_trains(name: str) -> None:
     assert [tuple(x.shape) for x in found] == [(2, 32, h, w) for h, w in SHAPES]
     torch.stack([x.square().mean() for x in found]).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 2), (8, 2), (2, 2), (2, 3), (5, 3)])
+def test_narrow_maps_are_halved_in_bfloat16_too(shape: tuple[int, int]) -> None:
+    """Of memory that held something else before. torch's own leaves some of it where one cell is
+    all the width: on CPUs with AMX."""
+    torch.manual_seed(0)
+    halve = HalvingConv2d(256, 256).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 256, *shape).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = halve(x)
+        for _ in range(10):
+            before = [torch.full((2**size,), torch.nan) for size in range(8, 21)]
+            del before
+            with torch.autocast("cpu", torch.bfloat16):
+                found = halve(x)
+            torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)

@@ -136,7 +136,8 @@ def test_the_papers_recipe_trains_saves_resumes_evaluates_and_draws(drawn, tmp_p
     assert sorted(map(str, of_the_run)) == sorted(map(str, again))
     image = next((drawn.coco / "val").glob("*.jpg"))
     given = ["predict", folder, image, "--output", tmp_path / "found"]
-    assert main("python -m pipeline", "", COMMANDS, [str(x) for x in given]) == 0
+    code = main("python -m pipeline", "", COMMANDS, [str(x) for x in given])
+    assert code == 0, capsys.readouterr().err
     assert (tmp_path / "found" / "pictures" / image.name).exists()
 
 
