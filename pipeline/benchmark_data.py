@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import simplejpeg
 import torch
 import torchvision
 from PIL import Image
@@ -87,7 +88,7 @@ def run(
         "versions": {
             "python": platform.python_version(),
             "pillow": PIL.__version__,
-            **{m.__name__: m.__version__ for m in (torch, torchvision, np)},
+            **{m.__name__: m.__version__ for m in (torch, torchvision, simplejpeg, np)},
         },
         "commit": commit(),
     }

@@ -104,8 +104,7 @@ def build_contender(name: str, config: RunConfig, device: torch.device) -> Conte
     what, operator = OURS[name]
     if name == "compile":
         torch.compiler.reset()  # a graph for the sizes to come, not for those before
-    # As in `build_engine`: parameters contiguous, whatever the model chose.
-    model = build_model(config.model).to(memory_format=torch.contiguous_format).to(device).train()
+    model = build_model(config.model).to(device).train()
     criterion = build_criterion(config.model).to(device)
     forward: Callable[..., Any] = torch.compile(model) if name == "compile" else model
 

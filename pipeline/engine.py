@@ -240,9 +240,8 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
         for name, parameters in parameter_groups(model).items()
         if parameters
     ]
-    fused = all(p.is_cuda for group in groups for p in group["params"])
     return torch.optim.AdamW(
-        groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=fused
+        groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=True
     )
 
 
@@ -291,7 +290,8 @@ def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: float) ->
     """A DeepSpeedEngine over the model: ZeRO, mixed precision, clipping and the schedule."""
     import deepspeed
 
-    # ZeRO keeps parameters in one flat buffer, and its broadcast takes only contiguous ones.
+    # ZeRO keeps parameters in one flat buffer, and DeepSpeed broadcasts only contiguous ones.
+    channels_last = [p for p in model.parameters() if not p.is_contiguous()]
     model = model.to(memory_format=torch.contiguous_format)
     factor = learning_rate_factor(config.schedule, steps_per_epoch)
     settings = deepspeed_config(config, dist.get_world_size())
@@ -303,8 +303,11 @@ def build_engine(model: nn.Module, config: RunConfig, steps_per_epoch: float) ->
         config=settings,
         dist_init_required=False,
     )
-    # Alone it would still copy all gradients into buckets and back.
-    engine.enable_backward_allreduce = dist.get_world_size() > 1
+    if dist.get_world_size() == 1:
+        # It would still copy all gradients into buckets and back.
+        engine.enable_backward_allreduce = False
+        for parameter in channels_last:  # as the backbone wants them: 3% of a step on a CPU
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     engine.skeleton = skeleton  # what is evaluated becomes whole in it
     return engine
 

@@ -29,3 +29,10 @@ def test_help_imports_nothing_that_takes_seconds(door: str) -> None:
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert int(ran.stdout.splitlines()[-1].split()[0]) >= 10
+
+
+def test_a_loader_needs_no_torchvision() -> None:
+    """Its import holds 90 MB of every process, workers that are forked from it included."""
+    program = "import sys, pipeline.data.loader; sys.exit('torchvision' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False)
+    assert ran.returncode == 0

@@ -5,6 +5,7 @@ cores do less. N images, H x W padded size, n objects of an image.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,9 @@ def decode(sample: Sample, column_of: dict[int, int], geometry: Geometry | None 
     name = f"image {sample.image.get('id')} ({sample.image.get('file_name')})"
     try:
         needed = geometry.first_size() if geometry else None
-        image, height, width = decode_image(sample.image_bytes, needed)
+        image, height, width = decode_image(
+            sample.image_bytes, needed, lambda words: _warn(name, words)
+        )
     except ValueError as error:
         raise UserError(f"{name} cannot be decoded: {error}") from None
     if geometry and geometry.source != (height, width):
@@ -120,6 +123,11 @@ def decode(sample: Sample, column_of: dict[int, int], geometry: Geometry | None 
     boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
     kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return Example(image, boxes[kept], torch.tensor(labels, dtype=torch.int64)[kept])
+
+
+def _warn(name: str, words: str) -> None:
+    text = f"{name} is damaged, and some of its pixels are wrong: {words}; get the file anew"
+    print(text, file=sys.stderr, flush=True)
 
 
 def collate(examples: list[Example], records: list[dict[str, Any]]) -> Batch:

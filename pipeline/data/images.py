@@ -1,8 +1,8 @@
-"""Encoded images to pixels: JPEG by torchvision, everything else by Pillow.
+"""Encoded images to pixels: JPEG by simplejpeg, everything else by Pillow.
 
-Both decode JPEG by libjpeg-turbo, to the same pixels; torchvision skips Pillow's way through its
-four-byte rows. Pixels are uint8 [3, H, W] in channels-last order, in which a decoder gives them and
-torch resizes several times as fast.
+Both decode JPEG by libjpeg-turbo, to the same pixels; simplejpeg skips Pillow's way through its
+four-byte rows, and tells what libjpeg warns of. Pixels are uint8 [3, H, W] in channels-last order,
+in which a decoder gives them and torch resizes several times as fast.
 """
 
 import io
@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.data.colours import UnknownWhite, to_rgb
 
@@ -33,7 +33,9 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 
 
-def decode_image(data: bytes, needed: Size | None = None) -> tuple[Tensor, int, int]:
+def decode_image(
+    data: bytes, needed: Size | None = None, warn: Callable[[str], object] | None = None
+) -> tuple[Tensor, int, int]:
     """Pixels uint8 [3, h, w] as RGB as they are stored, and the height and width of the image in
     the file.
 
@@ -41,6 +43,9 @@ def decode_image(data: bytes, needed: Size | None = None) -> tuple[Tensor, int, 
     four times that or more is decoded at a half or a quarter and resized here, so that (h, w) is
     `needed`; else it is the size in the file. EXIF orientation is not applied, as COCO's boxes
     want: for training and evaluation. Raises `ValueError` for bytes that no decoder takes.
+
+    warn: told libjpeg's words where a JPEG file that has its end is damaged before it, so that
+    some of the pixels are grey or shifted.
     """
     size = _plain_jpeg_size(data)
     if size is None or (needed is not None and _reduction(size, needed) > 1):
@@ -48,11 +53,10 @@ def decode_image(data: bytes, needed: Size | None = None) -> tuple[Tensor, int, 
     if size[0] * size[1] > MOST_PIXELS:
         raise ValueError(f"got {size[1]}x{size[0]} pixels, {_FEWER}")
     try:
-        # Copied, because torch does not take memory that cannot be written.
-        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB)
-    except RuntimeError as error:
-        raise ValueError(_damaged(data, error)) from None
-    return pixels, *pixels.shape[-2:]
+        pixels = decode_jpeg(data, "RGB")
+    except ValueError as error:
+        return _beyond_warnings(data, str(error), warn)
+    return torch.from_numpy(pixels).permute(2, 0, 1), *pixels.shape[:2]
 
 
 def decode_as_shown(
@@ -95,7 +99,23 @@ def _orientation(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
-_RGB, _BILINEAR = ImageReadMode.RGB, Image.Resampling.BILINEAR
+def _beyond_warnings(
+    data: bytes, said: str, warn: Callable[[str], object] | None
+) -> tuple[Tensor, int, int]:
+    """By Pillow, which goes on where libjpeg warned, and stops where it failed. simplejpeg, too,
+    would go on if asked, but also after a failure that has a warning before it."""
+    try:
+        decoded = _by_pillow(data, None)
+    except ValueError:
+        raise ValueError(_damaged(data, said)) from None
+    if warn and said.startswith(_DAMAGE):
+        warn(said)
+    return decoded
+
+
+# What libjpeg warns of when it is not metadata that are odd: in the words of its jerror.h.
+_DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file", "Inconsistent progression sequence")
+_BILINEAR = Image.Resampling.BILINEAR
 
 
 def _reduction(size: Size, needed: Size) -> int:
@@ -122,7 +142,7 @@ def _by_pillow(data: bytes, needed: Size | None) -> tuple[Tensor, int, int]:
                 image = to_rgb(opened)
         except UnknownWhite:
             raise
-        except _DAMAGED as error:
+        except _FATAL as error:
             raise ValueError(_damaged(data, error)) from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1), height, width
 
@@ -135,11 +155,11 @@ def _opened(data: bytes) -> Image.Image:
         raise ValueError(f"got a file that {_start(data)}, expected {_WHOLE}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"got a header of more pixels, {_FEWER}") from None
-    except _DAMAGED as error:
+    except _FATAL as error:
         raise ValueError(_damaged(data, error)) from None
 
 
-_DAMAGED = (
+_FATAL = (
     OSError, SyntaxError, ValueError, OverflowError, EOFError, LookupError, struct.error, TypeError,
     RuntimeError, MemoryError,
 )  # fmt: skip
@@ -148,7 +168,6 @@ _FEWER = (
     f"expected at most {MOST_PIXELS} in all (a decompression bomb otherwise); make the image "
     f"smaller"
 )
-_PLACE = re.compile(r"^decode_jpeg, \S+:\d+, ")  # in torchvision's sources
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -156,10 +175,10 @@ def _start(data: bytes) -> str:
     return f"starts with {data[:12]!r}" if data else "is empty"
 
 
-def _damaged(data: bytes, error: BaseException) -> str:
+def _damaged(data: bytes, error: BaseException | str) -> str:
     """The line for a file that a decoder gave up: the same each time for the same bytes."""
     first = (str(error).splitlines() or [""])[0] or type(error).__name__
-    reason = _ADDRESS.sub("", _PLACE.sub("", first))
+    reason = _ADDRESS.sub("", first)
     return (
         f"got a file of {len(data)} bytes that {_start(data)} and is damaged or cut off "
         f"({reason}), expected {_WHOLE}; copy it again, or leave it out"

@@ -1,9 +1,9 @@
 """Memory of the loader over epochs: `python tests/pipeline/check_memory.py [RECORDS] [WORKERS]`.
 
 Writes shards of RECORDS tiny pictures, reads them through as training does, and prints what this
-process and each worker hold after every tenth of an epoch. Fails where a worker's proportional
-share is above 400 MB (what is resident counts all that a fork shares), or where what is resident
-grows after the first epoch.
+process and each worker hold after every tenth of an epoch. Fails where more than 400 MB of a worker
+are resident, of which most are shared with the process it is forked from, or where that grows after
+the first epoch.
 """
 
 import io
@@ -109,7 +109,7 @@ def watch(shards: ShardSet, workers: int) -> int:
     resident, share, alone = figures[:, 1:].max(axis=(0, 1))
     print(f"largest worker: {resident:.1f} MB resident, a share of {share:.1f}, alone {alone:.1f}")
     print(f"growth of what is resident after epoch 1: {growth:+.2%}")
-    return int(share > MOST_MEGABYTES or growth > MOST_GROWTH)
+    return int(resident > MOST_MEGABYTES or growth > MOST_GROWTH)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pipeline.data.augment import (
     crop,
     flip,
     largest,
+    resize,
     resize_for_evaluation,
     resized_hw,
     transform,
@@ -126,6 +127,23 @@ def test_an_image_without_objects_passes_through():
 def test_a_one_pixel_image_can_be_resized():
     config = AugmentConfig(val_short_side=4, max_side=10)
     assert min(resize_for_evaluation(painted(1, 200), config).image.shape) >= 1
+
+
+@pytest.mark.parametrize("order", ["decoded", "flipped", "cropped", "transposed"])
+def test_a_resize_keeps_channels_last_order_in_which_all_else_is_fast(order):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    example = Example(torch.from_numpy(pixels).permute(2, 0, 1), torch.zeros(0, 4), torch.zeros(0))
+    example = {
+        "decoded": lambda e: e,
+        "flipped": lambda e: flip(e, 80),
+        "cropped": lambda e: crop(e, 3, 5, (40, 50)),
+        "transposed": transpose,
+    }[order](example)
+    size = tuple(example.image.shape[1:])
+    image = resize(example, size, (90, 110)).image
+    assert image.permute(1, 2, 0).is_contiguous()
+    planes = replace(example, image=example.image.contiguous())
+    torch.testing.assert_close(image, resize(planes, size, (90, 110)).image, rtol=0, atol=0)
 
 
 def test_evaluation_resizes_to_the_short_side():

@@ -1,0 +1,100 @@
+"""A JPEG that is damaged before its end: trained on as decoders read it, and told by name."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.batch import decode
+from pipeline.data.images import decode_image
+from pipeline.data.shards import Sample
+from pipeline.errors import UserError
+
+PICTURE = Image.fromarray(
+    np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+).resize((320, 240))
+
+
+def jpeg(**options) -> bytes:
+    file = io.BytesIO()
+    PICTURE.save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+KINDS = {
+    "baseline": jpeg(),
+    "progressive": jpeg(progressive=True),
+    "restart markers": jpeg(restart_marker_rows=1),
+    "with a thumbnail": jpeg(exif=b"Exif\0\0" + jpeg()[:2000] + b"\xff\xd9"),
+}
+
+
+def zeroed(whole: bytes) -> bytes:
+    """Without its third quarter."""
+    quarter = len(whole) // 4
+    return whole[: 2 * quarter] + bytes(quarter) + whole[3 * quarter :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_data_gives_pillows_pixels_and_libjpegs_words(kind):
+    whole, told = KINDS[kind], []
+    data = zeroed(whole)
+    image, height, width = decode_image(data, warn=told.append)
+    assert (height, width) == (240, 320)
+    assert len(told) == 1
+    assert told[0].startswith("Corrupt JPEG data: ")
+    with Image.open(io.BytesIO(data)) as expected:
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert not np.array_equal(image.numpy(), decode_image(whole, warn=told.append)[0].numpy())
+    assert len(told) == 1  # nothing of the whole one
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kept", [0.75, 0.97])
+def test_a_file_without_its_end_is_an_error_in_libjpegs_words(kind, kept):
+    told = []
+    data = KINDS[kind][: int(len(KINDS[kind]) * kept)]
+    with pytest.raises(ValueError, match=r"damaged or cut off \(.*[Pp]remature end of "):
+        decode_image(data, warn=told.append)
+    assert not told
+
+
+def test_a_failure_after_a_warning_is_an_error():
+    """simplejpeg takes it for a warning when it is asked to go on, with rows that nothing wrote."""
+    whole = KINDS["baseline"]
+    middle = len(whole) // 2
+    data = whole[:middle] + b"\xff\xc4\0\x05" + b"\xff" * 9 + bytes(200) + whole[middle + 213 :]
+    told = []
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        decode_image(data, warn=told.append)
+    assert not told
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param(lambda whole: whole.replace(b"JFIF\0\1", b"JFIF\0\3"), id="JFIF 3"),
+        pytest.param(lambda whole: whole + b"behind the end", id="bytes behind the end"),
+    ],
+)
+def test_odd_metadata_is_not_told(odd):
+    whole, told = KINDS["baseline"], []
+    data = odd(whole)
+    assert data != whole
+    image = decode_image(data, warn=told.append)[0]
+    np.testing.assert_array_equal(image.numpy(), decode_image(whole)[0].numpy())
+    assert not told
+
+
+def test_training_names_the_image(capfd):
+    record = {"id": 17, "file_name": "a/b.jpg", "width": 320, "height": 240}
+    decode(Sample(zeroed(KINDS["baseline"]), record, []), {})
+    out, err = capfd.readouterr()
+    assert not out
+    assert err.startswith(
+        "image 17 (a/b.jpg) is damaged, and some of its pixels are wrong: Corrupt"
+    )
+    assert err.count("\n") == 1
+    with pytest.raises(UserError, match=r"image 17 \(a/b.jpg\) cannot be decoded: got a file of"):
+        decode(Sample(KINDS["baseline"][:3000], record, []), {})
