@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -123,10 +124,10 @@ class Cluster:
     def kill_node(self, node: subprocess.Popen) -> None:
         """As when its machine loses power: every process of it at once."""
         family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-        for process in family:
-            process.suspend()
-        for process in family:
-            process.kill()
+        for send in (psutil.Process.suspend, psutil.Process.kill):
+            for process in family:
+                with suppress(psutil.NoSuchProcess):  # ended by itself meanwhile
+                    send(process)
         node.wait()
 
     def stop(self) -> None:
