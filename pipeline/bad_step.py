@@ -5,6 +5,7 @@ generators' states and the weights before the step. `python -m pipeline replay F
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline import torch_file
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.on_host import OnHost
@@ -93,25 +95,29 @@ class LossCheck:
             f"images {self.batch.image_ids}"
         )
         file = place.folder / "non_finite" / f"step-{place.step:08d}-rank-{place.rank}.pt"
-        file.parent.mkdir(exist_ok=True)
-        if not make_room(place):
-            return f"{said}; not saved, as {file.parent} has {MOST_FILES} files, some of this step"
         message = f"{said}; saved, to be run again by: python -m pipeline replay {file}"
-        torch.save(
-            {
-                "message": message,
-                "config": place.config.to_json(),
-                "step": place.step,
-                "epoch": place.epoch,
-                "rank": place.rank,
-                "generators": self.generators,
-                "batch": vars(self.batch.to(torch.device("cpu"))),
-                "num_boxes": self.num_boxes.cpu(),
-                "losses": {name: x.detach().cpu() for name, x in self.computed.items()},
-                "model": weights,
-            },
-            file,
-        )
+        content = {
+            "message": message,
+            "config": place.config.to_json(),
+            "step": place.step,
+            "epoch": place.epoch,
+            "rank": place.rank,
+            "generators": self.generators,
+            "batch": vars(self.batch.to(torch.device("cpu"))),
+            "num_boxes": self.num_boxes.cpu(),
+            "losses": {name: x.detach().cpu() for name, x in self.computed.items()},
+            "model": weights,
+        }
+        try:
+            file.parent.mkdir(exist_ok=True)
+            if not make_room(place):
+                why = f"{file.parent} has {MOST_FILES} files, some of this step"
+                return f"{said}; not saved, as {why}"
+            torch_file.save(content, file)
+        except OSError as error:  # other ranks wait for this one to say what it found
+            with suppress(OSError):
+                file.unlink()
+            return f"{said}; not saved, as {file} cannot be written: {error.strerror}"
         return message
 
 

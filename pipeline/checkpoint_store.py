@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from model.weights import why_unread
+from pipeline import torch_file
 from pipeline.errors import UserError
 from pipeline.whole_file import flush
 
@@ -59,8 +60,9 @@ def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any
     aside.mkdir(parents=True)
     try:
         _write(json.dumps(asdict(progress)), aside / "progress.json")
-        _save(model, aside / "model.pt")
-        _save(training, aside / "training.pt")
+        for content, name in ((model, "model.pt"), (training, "training.pt")):
+            torch_file.save(content, aside / name)
+            flush(aside / name)
         _write_manifest(aside)
         _flush_run(folder)
     except OSError:
@@ -74,19 +76,6 @@ def write(folder: Path, progress: Progress, model: dict[str, Any], training: Any
     flush(final.parent)
     shutil.rmtree(before, ignore_errors=True)
     return final
-
-
-def _save(content: Any, file: Path) -> None:
-    with file.open("wb") as opened:  # by a path, torch would hide why it cannot write
-        try:
-            torch.save(content, opened)
-        except RuntimeError as error:
-            # Its writer is closed after a write that failed, and complains of its own position.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-        opened.flush()
-        os.fsync(opened.fileno())
 
 
 def _write(text: str, file: Path) -> None:

@@ -40,9 +40,10 @@ def replay_saved(file: Path, device: torch.device) -> tuple[dict[str, Tensor], s
     """
     saved = _read(file)
     config = RunConfig.from_json(saved["config"])
-    model = build_model(config.model).to(device)
-    model.load_state_dict(saved["model"])
-    model.train()
+    model = build_model(config.model)
+    # Taken as they are, because how their numbers lie in memory decides how a sum is rounded.
+    model.load_state_dict(saved["model"], assign=True)
+    model.to(device).train()
     set_determinism(config.engine.deterministic)
     batch = Batch(**saved["batch"]).to(device)
     dtype = AUTOCAST.get(config.engine.precision)

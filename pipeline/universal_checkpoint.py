@@ -5,7 +5,6 @@ What its readers take (0.19.8) is told in docs/log.md, what such a program must 
 docs/training.md. Nothing here imports DeepSpeed, and there is no code in what is written.
 """
 
-import io
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import torch_file
 from pipeline.checkpoint_store import (
     Progress,
     check,
@@ -59,9 +59,9 @@ def write_universal(checkpoint: Path, output: Path) -> Progress:
         made = Path(aside) / output.name
         tag = f"global_step{progress.step}"
         _write_parameters(made / tag / "zero", weights, training)
-        _save({**shared, "module": weights}, made / tag / "mp_rank_00_model_states.pt")
+        torch_file.save({**shared, "module": weights}, made / tag / "mp_rank_00_model_states.pt")
         # Stage 3 looks for its own, and reads no weights from it.
-        _save(shared, made / tag / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+        torch_file.save(shared, made / tag / "zero_pp_rank_0_mp_rank_00_model_states.pt")
         (made / "latest_universal").write_text(tag, encoding="utf-8")
         os.replace(made, output)
     return progress
@@ -119,23 +119,17 @@ def _shared(
 def _write_parameters(folder: Path, weights: dict[str, Tensor], training: dict[str, Any]) -> None:
     step = torch.tensor(float(training["updates"]))  # as torch's AdamW counts
     for name, moments in training["moments"].items():
+        own = folder / name
+        own.mkdir(parents=True)
         parts = {"fp32": weights[name], **{key: moments[key] for key in MOMENTS}}
         for key, value in parts.items():
             # Stage 3 lays it flat by view().
-            _save({"param": value.contiguous(), "cat_dim": 0}, folder / name / f"{key}.pt")
-        _save(step, folder / name / "step.pt")
+            torch_file.save({"param": value.contiguous(), "cat_dim": 0}, own / f"{key}.pt")
+        torch_file.save(step, own / "step.pt")
     # Rates, decays and betas are left to the program's own optimizer: stage 3 would give every
     # group the first one's. Stages 1 and 2 load no more groups than are listed, and no program has
     # more than parameters.
     groups: list[dict[str, Any]] = [{"params": []} for _ in training["moments"]]
     stage_3 = {"state": {0: {"step": step}}, "param_groups": groups}
     content = {"ds_version": DEEPSPEED, "param_groups": groups, "optimizer_state_dict": stage_3}
-    _save(content, folder / "optimizer_state.pt")
-
-
-def _save(content: Any, file: Path) -> None:
-    # Not by torch.save(…, file), which hides why it cannot write.
-    written = io.BytesIO()
-    torch.save(content, written)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(written.getbuffer())
+    torch_file.save(content, folder / "optimizer_state.pt")

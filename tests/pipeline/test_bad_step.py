@@ -129,6 +129,26 @@ def test_a_step_is_replayed_in_the_deterministic_mode_of_its_run(tmp_path, deter
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_a_step_is_replayed_with_weights_that_lie_as_they_did(tmp_path, order, monkeypatch):
+    """In a run of several processes they are contiguous, in one alone as the model wants them."""
+    models = []
+
+    def build(config):
+        models.append(build_model(config))
+        return models[-1]
+
+    monkeypatch.setattr("pipeline.replay.build_model", build)
+    step = Step(tmp_path)
+    step.model.to(memory_format=order)
+    poison(step.model, 3)
+    with pytest.raises(FloatingPointError):
+        step.take(a_batch())
+    replay_saved(saved_file(tmp_path), CPU)
+    strides = [p.stride() for p in step.model.parameters()]
+    assert [p.stride() for p in models[0].parameters()] == strides
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -210,6 +230,29 @@ def test_of_many_ranks_that_find_a_bad_step_one_at_least_saves_it(tmp_path):
     names = saved_names(tmp_path, 5, 2, ranks=12)
     first = sorted(f"step-00000005-rank-{n}" for n in range(10))
     assert names == [*first, "step-00000006-rank-0", "step-00000007-rank-0"]
+
+
+def on_a_full_disk(file: Path) -> str:
+    file.parent.mkdir()
+    file.symlink_to("/dev/full")
+    return "No space left on device"
+
+
+def in_a_folder_that_is_a_file(file: Path) -> str:
+    file.parent.write_text("")
+    return "File exists"
+
+
+@pytest.mark.parametrize("prepare", [on_a_full_disk, in_a_folder_that_is_a_file])
+def test_a_step_that_cannot_be_saved_is_told_all_the_same(tmp_path, prepare):
+    """The other ranks wait for what this one says."""
+    step, file = Step(tmp_path), saved_file(tmp_path)
+    why = prepare(file)
+    poison(step.model, 3)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan; not finite: ") as caught:
+        step.take(a_batch())
+    assert str(caught.value).endswith(f"; not saved, as {file} cannot be written: {why}")
+    assert not file.exists()
 
 
 def test_weights_that_are_not_finite_reach_no_checkpoint():
