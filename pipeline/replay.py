@@ -181,11 +181,14 @@ def _take(
             outputs = state.engine(*batch.training_inputs(place.config.model))
             losses = check.losses(criterion, outputs)
             last = rank == len(shares) - 1 and i == passes - 1
-            part = 1 / (passes * len(shares))
-            state.updater.backward(losses["loss"] * part, last)
-            # The meter divides by the number of passes that it is given.
-            computed.append({name: x.detach() * part for name, x in losses.items()})
-    state.meter.add([{name: x * len(computed) for name, x in each.items()} for each in computed])
+            # Divided as in the step itself: a product with the inverse is rounded otherwise.
+            parts = passes * len(shares)
+            state.updater.backward(losses["loss"] / parts, last)
+            computed.append((losses, parts))
+    # The meter divides by the number of passes that it is given.
+    state.meter.add(
+        [{name: x * (len(computed) / n) for name, x in each.items()} for each, n in computed]
+    )
     applied = state.updater.step()
     if applied and state.ema:
         state.ema.update(state.engine.module)

@@ -43,9 +43,10 @@ OPTIONS = [
     "--engine.precision", "fp32", "--model.dropout", 0.1, "--engine.checkpoint-steps", 2,
     "--optimizer.ema-decay", 0.9, "--schedule.evaluate-every", 3,
 ]  # fmt: skip
+# In three passes a step: a division by three is rounded.
 ALONE = [
     "--schedule.epochs", 2, "--optimizer.batch-size", 8, "--engine.log-every", 1,
-    "--engine.precision", "fp32", "--model.dropout", 0.1,
+    "--engine.precision", "fp32", "--model.dropout", 0.1, "--engine.micro-batch", 3,
 ]  # fmt: skip
 
 
