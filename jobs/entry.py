@@ -41,6 +41,8 @@ def main() -> int:
         driver = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
         for number in SIGNALS:
             signal.signal(number, pass_on)
+        for early in asked:  # while there was no driver to hear it
+            driver.send_signal(early)
         status = driver.wait()
         if status >= 0 or asked:
             return status if status >= 0 else 128 - status

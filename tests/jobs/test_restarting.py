@@ -1,7 +1,9 @@
 """What decides whether a job starts over, stops or waits, without a cluster."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +98,20 @@ def test_a_killed_driver_is_started_again(commands, status, said, tmp_path, monk
     assert entry.main() == status
     assert drivers.left == []
     assert capsys.readouterr().out.count("the driver was killed by SIG") == said
+
+
+def test_a_stop_that_comes_between_two_drivers_is_passed_on(tmp_path, monkeypatch):
+    """What decides about the second one reads all of a checkpoint, which takes seconds."""
+    spec = JobSpec(config=recipe("demo").to_json(), folder=str(tmp_path))
+    monkeypatch.setenv(SPEC_VARIABLE, spec.to_json())
+    monkeypatch.setattr(entry, "subprocess", Drivers("kill -9 $$", "exec sleep 60"))
+    monkeypatch.setattr(Restarts, "allowed", lambda _: os.kill(os.getpid(), signal.SIGTERM) is None)
+    before = {number: signal.getsignal(number) for number in entry.SIGNALS}
+    try:
+        assert entry.main() == 128 + signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_an_earlier_attempt_of_the_same_job_is_over(tmp_path):
