@@ -81,6 +81,12 @@ class Group:
         `UserError` where memory was too small, `WorkersLost` where processes were lost for another
         reason, and else the last failure's cause.
         """
+        try:
+            return self._train()
+        finally:
+            self.request.withdraw()  # nobody is left to answer it
+
+    def _train(self) -> bool:
         restarts = Restarts(self.folder, self.spec.restarts)
         while True:
             self.request.withdraw()  # one that the group before has not lived to answer

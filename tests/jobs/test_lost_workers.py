@@ -13,6 +13,7 @@ from jobs.launch import finish, last_error
 from jobs.lost import WorkersLost, of_supervisor
 from jobs.restarts import Restarts
 from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
+from jobs.stopping import ASKED
 from jobs.submit import _stream
 from pipeline.checkpoint_store import Progress, write
 from pipeline.errors import Unreachable, UserError
@@ -65,6 +66,21 @@ def test_a_kill_for_memory_is_not_another_failure_twice(group, capsys):
     with pytest.raises(WorkersLost):
         group.train()
     assert capsys.readouterr().out.count("restarting") == 3
+
+
+@pytest.mark.parametrize("failures", [[], [gone()]])
+def test_a_stop_that_no_worker_has_answered_is_not_left_in_the_folder(group, failures):
+    """`pipeline train` would hear it, and stop after its first step, at each start."""
+
+    def attempt() -> str:
+        group.ask_to_stop()
+        for failure in failures:
+            raise failure
+        return ASKED  # while it waited for resources
+
+    group.attempt = attempt
+    assert not group.train()
+    assert not group.request.path.exists()
 
 
 def test_a_new_checkpoint_is_getting_on(tmp_path):
