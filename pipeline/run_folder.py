@@ -169,13 +169,16 @@ def publish_best(folder: Path, progress: Progress) -> None:
 
 def best_evaluated(folder: Path, progress: Progress) -> tuple[float, int]:
     """AP and step of the best checkpoint up to `progress` that is there and intact: (-1, -1) if
-    none of them has been evaluated."""
+    none of them has been evaluated. An evaluation that is still to come, left by a process killed
+    before it was in a checkpoint, is not one: made again, it may be another on a GPU."""
     steps = [progress.best_step, *checkpoint_steps(folder)]
     found = [(-1.0, -1)]
     for step in {step for step in steps if step <= progress.step}:
         path = _evaluation_path(folder, step)
         if path.exists() and check(checkpoint_path(folder, step)) is None:
-            found.append((json.loads(path.read_text("utf-8"))["summary"]["AP"], step))
+            evaluation = json.loads(path.read_text("utf-8"))
+            if evaluation["epoch"] <= progress.epoch:
+                found.append((evaluation["summary"]["AP"], step))
     return max(found, key=lambda pair: (pair[0], -pair[1]))
 
 

@@ -278,6 +278,9 @@ def test_the_best_that_is_left_is_found(tmp_path):
     assert best_evaluated(tmp_path, Progress(25, 2, 0, 0.5, 10)) == (0.4, 25)
     assert best_evaluated(tmp_path, Progress(22, 2, 0, 0.5, 10)) == (0.3, 20)
     assert best_evaluated(tmp_path, Progress(5, 0, 0, 0.5, 3)) == (-1.0, -1)
+    # Killed after the evaluation of step 25, which comes again: its checkpoint is of before it.
+    write_evaluation(tmp_path, 25, 3, Evaluation({"AP": 0.7}, {}, []))
+    assert best_evaluated(tmp_path, Progress(25, 2, 0, 0.5, 20)) == (0.3, 20)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
