@@ -22,7 +22,7 @@ from pipeline.checkpoint import State, load
 from pipeline.checkpoint_store import Progress, check, checkpoint_path, checkpoint_steps
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
-from pipeline.data.loader import steps_per_epoch, training_steps
+from pipeline.data.loader import CUTS, steps_per_epoch, training_steps
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.engine import AUTOCAST, seed_step, set_determinism, start_process_group
 from pipeline.errors import UserError
@@ -137,7 +137,7 @@ def replay_step(folder: Path, step: int, device: torch.device) -> Replayed:
     A run of one process is repeated exactly; of more, sums over ranks are rounded otherwise.
     Nothing is written. Raises `UserError` for what is no run folder or no step of it.
     """
-    config, worlds = _recorded(folder, step)
+    config, starts = _recorded(folder, step)
     config = replace(config, engine=replace(config.engine, loader_workers=0))
     dataset = open_dataset(config)
     config = replace(config, model=replace(config.model, num_classes=dataset.labels.num_classes))
@@ -149,7 +149,7 @@ def replay_step(folder: Path, step: int, device: torch.device) -> Replayed:
     path = _checkpoint_before(folder, step)
     progress = load(state, path) if path else Progress()
     criterion = build_criterion(config.model).to(device)
-    steps = _shares(config, dataset, range(progress.step, step), worlds)
+    steps = _shares(config, dataset, range(progress.step, step), starts)
     for number, shares in enumerate(steps, progress.step):
         state.meter.restart()
         place = Place(folder, config, number + 1, progress.epoch, rank=0)
@@ -196,36 +196,39 @@ def _take(
 
 
 def _shares(
-    config: RunConfig, dataset: Dataset, steps: range, worlds: dict[int, int]
+    config: RunConfig, dataset: Dataset, steps: range, starts: dict[int, dict[str, Any]]
 ) -> Iterator[tuple[list[Batch], ...]]:
-    """What the ranks read in each of the steps (numbered from 0). worlds: of `_recorded`."""
-    later = [first for first in worlds if first > steps.start]
+    """What the ranks read in each of the steps (numbered from 0). starts: of `_recorded`."""
+    later = [first for first in starts if first > steps.start]
     bounds = [steps.start, *(first for first in later if first < steps.stop), steps.stop]
     for start, stop in itertools.pairwise(bounds):
-        world = worlds[max(first for first in worlds if first <= start)]
-        given = (dataset.train, dataset.labels, config, range(start, stop))
+        line = starts[max(first for first in starts if first <= start)]
+        cuts = {name: line[name] for name in CUTS if name in line}  # older runs did not log them
+        then = replace(config, engine=replace(config.engine, **cuts))
+        given, world = (dataset.train, dataset.labels, then, range(start, stop)), line["world"]
         ranks = [training_steps(*given, rank, world, pin_memory=False) for rank in range(world)]
         yield from zip(*ranks, strict=True)
 
 
-def _recorded(folder: Path, step: int) -> tuple[RunConfig, dict[int, int]]:
-    """The run's config, and by how many processes it went on after which steps, in their order.
-    Raises `UserError` where it has not got to `step`."""
+def _recorded(folder: Path, step: int) -> tuple[RunConfig, dict[int, dict[str, Any]]]:
+    """The run's config, and the log's lines of its starts, in their order, by the steps after which
+    they were: how many processes it went on by, and in what passes. Raises `UserError` where it has
+    not got to `step`."""
     file, log = folder / "config.json", folder / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json")
     config = RunConfig.from_json(json.dumps(read_identity(folder)["config"]))
     lines = read_lines(log) if log.exists() else []
     saved = [step_of(file)[0] for file in saved_steps(folder)]
-    worlds = {x["step"]: x["world"] for x in lines if x.get("event") == "start"}
+    starts = {x["step"]: x for x in lines if x.get("event") == "start"}
     taken = [*(line["step"] for line in lines), *checkpoint_steps(folder), *saved]
-    last = max(taken) if worlds else 0
+    last = max(taken) if starts else 0
     if not 1 <= step <= last:
         expected = f"one of 1 to {last}, the steps that {folder} has taken" if last else (
             f"a run that has taken one, which {folder} has not"
         )  # fmt: skip
         raise UserError(f"step: got {step}, expected {expected}")
-    return config, worlds
+    return config, starts
 
 
 def _checkpoint_before(folder: Path, step: int) -> Path | None:

@@ -16,7 +16,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointWriter, State
 from pipeline.checkpoint_store import Progress
 from pipeline.config import RunConfig
-from pipeline.data.loader import steps_per_epoch
+from pipeline.data.loader import CUTS, steps_per_epoch
 from pipeline.data.order import first_step
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.ema import Ema
@@ -131,8 +131,9 @@ def resume(run: Run) -> Progress:
         run.log.rewind(progress.step, progress.epoch)
         epochs = run.config.schedule.epochs
         length = {"steps": run.end_of_epoch(epochs), "epochs": epochs, "world": run.world}
+        cuts = {name: getattr(run.config.engine, name) for name in CUTS}
         epoch = progress.step / run.steps_per_epoch
-        run.log.write("event", progress.step, epoch, event="start", **length)
+        run.log.write("event", progress.step, epoch, event="start", **length, **cuts)
         for text in said:
             run.log.write("event", progress.step, epoch, event="message", text=text)
         publish_best(run.folder, progress)  # a crash may have come between checkpoint and this

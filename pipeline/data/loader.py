@@ -26,6 +26,8 @@ from pipeline.errors import UserError
 T = TypeVar("T")
 EVALUATION = -1
 """In place of an epoch: the sample is resized for evaluation, without randomness."""
+CUTS = ("micro_batch", "group_by_shape", "max_padded_pixels")
+"""Settings of the engine that say which images share a pass. A run may go on with others."""
 
 
 class _Samples(Dataset):
