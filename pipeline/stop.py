@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,8 +24,9 @@ class StopRequest:
 
     def _look(self, file: Path, done: threading.Event) -> None:
         while not done.is_set():
-            if file.exists():
-                self.asked = True
+            with suppress(OSError):  # storage that is away for a moment
+                if file.exists():
+                    self.asked = True
             done.wait(LOOK_EVERY)
 
 

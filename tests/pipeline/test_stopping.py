@@ -1,5 +1,6 @@
 """Trainings that are killed, asked to stop, or started twice: nothing is lost, nothing differs."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import pipeline.run_folder
+import pipeline.stop
 from pipeline.__main__ import COMMANDS
 from pipeline.checkpoint_store import checkpoint_path, checkpoint_steps
 from pipeline.cli import main
@@ -318,6 +320,24 @@ def test_a_stop_is_heard_by_signal_and_by_file(tmp_path):
             time.sleep(0.01)
         assert request.asked
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stop_is_heard_after_the_storage_was_away(tmp_path, monkeypatch):
+    exists, away = Path.exists, [True, True]
+
+    def seldom(path):
+        if away and away.pop():
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return exists(path)
+
+    monkeypatch.setattr(pipeline.stop, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(Path, "exists", seldom)
+    (tmp_path / "stop").touch()
+    with stop_request(tmp_path, look=True) as request:
+        deadline = time.monotonic() + 10
+        while not request.asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert request.asked
 
 
 HANGING = """
