@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from simplejpeg import decode_jpeg
+from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch import Tensor
 
 from pipeline.data.colours import UnknownWhite, to_rgb
@@ -108,13 +108,27 @@ def _beyond_warnings(
         decoded = _by_pillow(data, None)
     except ValueError:
         raise ValueError(_damaged(data, said)) from None
-    if warn and said.startswith(_DAMAGE):
+    if warn and _tells_damage(said, data):
         warn(said)
     return decoded
 
 
+def _tells_damage(said: str, data: bytes) -> bool:
+    """Whether libjpeg's first warning is of pixels; judged as `data_prep/checks.py` does."""
+    padding = _PADDING.search(said)
+    if not said.startswith(_DAMAGE) or (padding and int(padding[1]) <= _MOST_PADDING):
+        return False
+    try:
+        decode_jpeg_header(data)
+    except ValueError:  # it warned of the header, and what it could not read there it did not need
+        return False
+    return True
+
+
 # What libjpeg warns of when it is not metadata that are odd: in the words of its jerror.h.
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file", "Inconsistent progression sequence")
+_PADDING = re.compile(r"(\d+) extraneous bytes before marker 0xd[0-79]$")  # restart, end
+_MOST_PADDING = 16  # bytes: webcams write 1 to 4
 _BILINEAR = Image.Resampling.BILINEAR
 
 

@@ -76,9 +76,14 @@ def test_a_failure_after_a_warning_is_an_error():
     [
         pytest.param(lambda whole: whole.replace(b"JFIF\0\1", b"JFIF\0\3"), id="JFIF 3"),
         pytest.param(lambda whole: whole + b"behind the end", id="bytes behind the end"),
+        pytest.param(lambda whole: whole[:-2] + b"\x5a" * 12 + whole[-2:], id="webcam's padding"),
+        pytest.param(
+            lambda whole: whole[:2] + b"\xff\xe2\0\x12ICC_PROFILE\0\x05\x02AB" + whole[2:],
+            id="colour profile",
+        ),
     ],
 )
-def test_odd_metadata_is_not_told(odd):
+def test_what_leaves_the_pixels_as_they_are_is_not_told(odd):
     whole, told = KINDS["baseline"], []
     data = odd(whole)
     assert data != whole
