@@ -48,15 +48,20 @@ def decode_image(
     some of the pixels are grey or shifted.
     """
     size = _plain_jpeg_size(data)
-    if size is None or (needed is not None and _reduction(size, needed) > 1):
+    if size is None:
         return _by_pillow(data, needed)
-    if size[0] * size[1] > MOST_PIXELS:
-        raise ValueError(f"got {size[1]}x{size[0]} pixels, {_FEWER}")
+    height, width = size
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"got {width}x{height} pixels, {_FEWER}")
+    scale = _reduction(size, needed) if needed else 1
+    least = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
     try:
-        pixels = decode_jpeg(data, "RGB")
+        pixels = decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     except ValueError as error:
-        return _beyond_warnings(data, str(error), warn)
-    return torch.from_numpy(pixels).permute(2, 0, 1), *pixels.shape[:2]
+        return _beyond_warnings(data, needed, str(error), warn)
+    if needed and scale > 1:
+        pixels = np.array(_resized(Image.fromarray(pixels), size, scale, needed))
+    return torch.from_numpy(pixels).permute(2, 0, 1), height, width
 
 
 def decode_as_shown(
@@ -100,12 +105,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _beyond_warnings(
-    data: bytes, said: str, warn: Callable[[str], object] | None
+    data: bytes, needed: Size | None, said: str, warn: Callable[[str], object] | None
 ) -> tuple[Tensor, int, int]:
     """By Pillow, which goes on where libjpeg warned, and stops where it failed. simplejpeg, too,
     would go on if asked, but also after a failure that has a warning before it."""
     try:
-        decoded = _by_pillow(data, None)
+        decoded = _by_pillow(data, needed)
     except ValueError:
         raise ValueError(_damaged(data, said)) from None
     if warn and _tells_damage(said, data):
@@ -142,6 +147,12 @@ def _reduction(size: Size, needed: Size) -> int:
     return max(n for n in (1, 2, 4) if n <= max(1, ratio))
 
 
+def _resized(image: Image.Image, size: Size, scale: int, needed: Size) -> Image.Image:
+    """To `needed`, from an image of `size` that was decoded at one part in `scale`."""
+    # The last row and column may be of fewer pixels than the others.
+    return image.resize(needed[::-1], _BILINEAR, (0, 0, size[1] / scale, size[0] / scale))
+
+
 def _by_pillow(data: bytes, needed: Size | None) -> tuple[Tensor, int, int]:
     with _opened(data) as opened:
         width, height = opened.size
@@ -149,9 +160,7 @@ def _by_pillow(data: bytes, needed: Size | None) -> tuple[Tensor, int, int]:
         try:
             # Only JPEG files can be drafted; for others it returns None.
             if needed and scale > 1 and opened.draft("RGB", (width // scale, height // scale)):
-                # The last row and column may be of fewer pixels than the others.
-                part = (0, 0, width / scale, height / scale)
-                image = to_rgb(opened).resize(needed[::-1], _BILINEAR, part)
+                image = _resized(to_rgb(opened), (height, width), scale, needed)
             else:
                 image = to_rgb(opened)
         except UnknownWhite:

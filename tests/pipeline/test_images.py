@@ -97,6 +97,20 @@ def test_a_much_larger_image_is_decoded_smaller_and_looks_the_same(times, mode):
     assert np.abs(resized - expected).mean() < 2
 
 
+@pytest.mark.parametrize("size", [(901, 1203), (8, 8), (7, 4), (65, 9), (250, 17)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_reduced_image_is_pillows_draft_resized(size, mode):
+    data = encoded(photograph(*size, mode), "JPEG", quality=92)
+    needed = (size[0] // 4, size[1] // 4)
+    whole = Image.open(io.BytesIO(data))
+    _, (_, _, width, height) = whole.draft("RGB", (size[1] // 2, size[0] // 2))
+    expected = whole.convert("RGB").resize(
+        needed[::-1], Image.Resampling.BILINEAR, (0, 0, width, height)
+    )
+    image = decode_image(data, needed)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(image, np.asarray(expected))
+
+
 def test_other_formats_are_decoded_whole():
     image, _, _ = decode_image(FILES["png"], (4, 5))
     assert image.shape == (3, 33, 47)
