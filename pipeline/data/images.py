@@ -218,6 +218,8 @@ def _plain_jpeg_size(data: bytes) -> Size | None:
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
+        elif marker <= 0x01 or 0xD0 <= marker <= 0xD9:  # without content
+            at += 2
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
             precision, channels = data[at + 4], data[at + 9]
             height = int.from_bytes(data[at + 5 : at + 7])

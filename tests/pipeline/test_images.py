@@ -188,6 +188,19 @@ def test_a_header_that_promises_far_too_much_is_an_error():
         decode_image(bytes(huge))
 
 
+@pytest.mark.parametrize("marker", [b"\xff\x00", b"\xff\x01", b"\xff\xd0", b"\xff\xd7"])
+def test_the_size_is_read_where_libjpeg_reads_it(marker):
+    """The marker has no length. Were what follows it one, it would lead to another frame."""
+    whole = FILES["no subsampling"]
+    frame = whole.index(b"\xff\xc0")
+    other = whole[frame : frame + 10]
+    comment = b"\xff\xe5\xff\xff" + bytes(0xFFE5 - 4) + other + bytes(0xFFFF + 2 - 0xFFE5 - 10)
+    huge = whole[: frame + 5] + (20_000).to_bytes(2) * 2 + whole[frame + 9 :]
+    decode_image(whole[:2] + marker + comment + whole[2:])
+    with pytest.raises(ValueError, match="decompression bomb"):
+        decode_image(whole[:2] + marker + comment + huge[2:])
+
+
 # Colours, against what each format means
 
 
