@@ -510,8 +510,11 @@ def test_truncation_is_seen_behind_a_thumbnail(encoded):
     for cut in (len(data) - 2, len(data) // 2):
         with pytest.raises(TruncatedImage):
             read_image_header(data[:cut])
-    with pytest.raises(TruncatedImage):
-        read_image_header(encoded(kind="PNG")[:-20])
+    png = encoded(kind="PNG")
+    assert read_image_header(png + b"trailing" * 99) == read_image_header(png)
+    for cut in (png[:-20], png[:-20] + bytes(99)):
+        with pytest.raises(TruncatedImage):
+            read_image_header(cut)
 
 
 def test_damaged_images_raise_nothing_but_value_error(encoded):
