@@ -65,13 +65,16 @@ def decode_image(
 
 
 def decode_as_shown(
-    data: bytes, needed: Callable[[Size], Size] | None = None
+    data: bytes,
+    needed: Callable[[Size], Size] | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> tuple[Tensor, int, int]:
     """Pixels, height and width as in `decode_image`, of the image as a viewer shows it: turned and
     mirrored as its EXIF orientation says. For prediction alone: boxes of COCO's annotations are in
     stored pixels.
 
-    needed: the size that an image of a size is to be resized to, both as shown.
+    needed: the size that an image of a size is to be resized to, both as shown. warn: as in
+    `decode_image`.
     """
     with _opened(data) as image:
         width, height = image.size
@@ -81,7 +84,7 @@ def decode_as_shown(
     shown = (width, height) if swapped else (height, width)
     wanted = needed(shown) if needed else None
     stored = wanted[::-1] if wanted and swapped else wanted
-    pixels = decode_image(data, stored)[0]
+    pixels = decode_image(data, stored, warn)[0]
     if orientation == 1:
         return pixels, *shown
     turned = pixels.transpose(-1, -2) if swapped else pixels
