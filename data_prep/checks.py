@@ -326,4 +326,6 @@ def summary_table(problems: Iterable[Problem], examples: int = 5) -> str:
         ][:examples]
         rows.append((kind, str(count), ", ".join(named) + (", ..." if count > examples else "")))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows)
+    table = "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows)
+    # A lone surrogate is legal in JSON and cannot be printed.
+    return table.encode("utf-8", "backslashreplace").decode()
