@@ -39,6 +39,7 @@ WHITE = 65535  # the largest grey value that training takes
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from there on PIL refuses, and training, too
 _JPEG = ("JPEG", "MPO")
 _WITH_END = (*_JPEG, "PNG")  # formats of which a cut file is known without decoding it
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the whole chunk; bytes that are none of the image may follow
 # What libjpeg warns of when the coded data of a JPEG are damaged: in the words of its jerror.h.
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file", "Inconsistent progression sequence")
 _PADDING = re.compile(r"(\d+) extraneous bytes before marker 0xd[0-79]$")  # restart, end
@@ -99,8 +100,8 @@ def read_image_header(data: bytes) -> ImageHeader:
     # In the coded part of a JPEG 0xFF is always escaped, so an end marker there is a real one.
     if header.extension == "jpg" and data.rfind(b"\xff\xd9", scan) < 0:
         raise TruncatedImage(f"no end-of-image marker in {len(data)} bytes")
-    if header.extension == "png" and b"IEND" not in data[-64:]:
-        raise TruncatedImage(f"no IEND chunk at the end of {len(data)} bytes")
+    if header.extension == "png" and b"IEND" not in data[-64:] and _PNG_END not in data:
+        raise TruncatedImage(f"no IEND chunk in {len(data)} bytes")
     return header
 
 
@@ -325,4 +326,6 @@ def summary_table(problems: Iterable[Problem], examples: int = 5) -> str:
         ][:examples]
         rows.append((kind, str(count), ", ".join(named) + (", ..." if count > examples else "")))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows)
+    table = "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows)
+    # A lone surrogate is legal in JSON and cannot be printed.
+    return table.encode("utf-8", "backslashreplace").decode()

@@ -72,7 +72,10 @@ def split(
     _write(coco, records, train, coco.orphans, output / TRAIN)
     _write(coco, records, sorted(val), [], output / VAL)
     in_train, in_val = (set().union(*(labels[i] for i in part)) for part in (train, val))
-    names = {c["id"]: c["name"] for c in coco.header["categories"]}
+    # A lone surrogate is legal in JSON and cannot be printed.
+    names = {
+        c["id"]: c["name"].encode("utf-8", "replace").decode() for c in coco.header["categories"]
+    }
     return Split(
         len(train),
         len(val),

@@ -31,8 +31,8 @@ def predict_files(
 ) -> None:
     """Writes the detections of all files in their order, and pictures of them into a folder.
 
-    What cannot be read as an image is told on stderr, and left out. batch_size: 0 for that of the
-    run's evaluations.
+    What cannot be read as an image is told on stderr, and left out. What is damaged and can be read
+    all the same is told, and looked at. batch_size: 0 for that of the run's evaluations.
     """
     size = batch_size or detector.config.engine.evaluation_batch
     names = picture_names(files) if pictures else {}
@@ -59,10 +59,13 @@ def predict_files(
                     there = pictures / names[name]
                     given = (files.path(name), there, objects, detector.labels)
                     drawn.append(pool.submit(save_picture, *given))
-            for name, why in part:
-                if isinstance(why, str):
-                    output.leave_out(name, why)
-                    bar.write(f"left out {files.path(name)}: {why}", file=sys.stderr)
+            for name, image in part:
+                if isinstance(image, str):
+                    output.leave_out(name, image)
+                    bar.write(f"left out {files.path(name)}: {image}", file=sys.stderr)
+                elif image.damage:
+                    told = "is damaged, and what is found in it may be wrong"
+                    bar.write(f"{files.path(name)} {told}: {image.damage}", file=sys.stderr)
             while len(drawn) > 2 * size:
                 drawn.popleft().result()
             bar.update(len(part))

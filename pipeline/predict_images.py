@@ -21,6 +21,8 @@ class Prepared:
     example: Example
     width: int
     height: int
+    damage: str = ""
+    """libjpeg's words on a file of which some pixels are wrong."""
 
 
 def prepare(image: Any, config: AugmentConfig) -> Prepared:
@@ -29,17 +31,19 @@ def prepare(image: Any, config: AugmentConfig) -> Prepared:
     image: a path, an encoded image as bytes, a Pillow image, or a uint8 array [H, W, 3] in RGB or
     [H, W] in grey. Raises `ValueError` for any other, and `OSError` for a file that cannot be read.
     """
+    damage: list[str] = []
     if isinstance(image, (str, Path)):
         image = Path(image).read_bytes()
     if isinstance(image, (bytes, bytearray, memoryview)):
         pixels, height, width = decode_as_shown(
-            bytes(image), lambda size: for_evaluation(size, config).size
+            bytes(image), lambda size: for_evaluation(size, config).size, damage.append
         )
     else:
         pixels = torch.from_numpy(_array(image)).permute(2, 0, 1)
         height, width = pixels.shape[-2:]
     example = Example(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    return Prepared(transform(example, for_evaluation((height, width), config)), width, height)
+    example = transform(example, for_evaluation((height, width), config))
+    return Prepared(example, width, height, "".join(damage))
 
 
 def _array(image: Any) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from simplejpeg import decode_jpeg
+from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch import Tensor
 
 from pipeline.data.colours import UnknownWhite, to_rgb
@@ -48,25 +48,33 @@ def decode_image(
     some of the pixels are grey or shifted.
     """
     size = _plain_jpeg_size(data)
-    if size is None or (needed is not None and _reduction(size, needed) > 1):
+    if size is None:
         return _by_pillow(data, needed)
-    if size[0] * size[1] > MOST_PIXELS:
-        raise ValueError(f"got {size[1]}x{size[0]} pixels, {_FEWER}")
+    height, width = size
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"got {width}x{height} pixels, {_FEWER}")
+    scale = _reduction(size, needed) if needed else 1
+    least = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
     try:
-        pixels = decode_jpeg(data, "RGB")
+        pixels = decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     except ValueError as error:
-        return _beyond_warnings(data, str(error), warn)
-    return torch.from_numpy(pixels).permute(2, 0, 1), *pixels.shape[:2]
+        return _beyond_warnings(data, needed, str(error), warn)
+    if needed and scale > 1:
+        pixels = np.array(_resized(Image.fromarray(pixels), size, scale, needed))
+    return torch.from_numpy(pixels).permute(2, 0, 1), height, width
 
 
 def decode_as_shown(
-    data: bytes, needed: Callable[[Size], Size] | None = None
+    data: bytes,
+    needed: Callable[[Size], Size] | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> tuple[Tensor, int, int]:
     """Pixels, height and width as in `decode_image`, of the image as a viewer shows it: turned and
     mirrored as its EXIF orientation says. For prediction alone: boxes of COCO's annotations are in
     stored pixels.
 
-    needed: the size that an image of a size is to be resized to, both as shown.
+    needed: the size that an image of a size is to be resized to, both as shown. warn: as in
+    `decode_image`.
     """
     with _opened(data) as image:
         width, height = image.size
@@ -76,7 +84,7 @@ def decode_as_shown(
     shown = (width, height) if swapped else (height, width)
     wanted = needed(shown) if needed else None
     stored = wanted[::-1] if wanted and swapped else wanted
-    pixels = decode_image(data, stored)[0]
+    pixels = decode_image(data, stored, warn)[0]
     if orientation == 1:
         return pixels, *shown
     turned = pixels.transpose(-1, -2) if swapped else pixels
@@ -100,21 +108,35 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _beyond_warnings(
-    data: bytes, said: str, warn: Callable[[str], object] | None
+    data: bytes, needed: Size | None, said: str, warn: Callable[[str], object] | None
 ) -> tuple[Tensor, int, int]:
     """By Pillow, which goes on where libjpeg warned, and stops where it failed. simplejpeg, too,
     would go on if asked, but also after a failure that has a warning before it."""
     try:
-        decoded = _by_pillow(data, None)
+        decoded = _by_pillow(data, needed)
     except ValueError:
         raise ValueError(_damaged(data, said)) from None
-    if warn and said.startswith(_DAMAGE):
+    if warn and _tells_damage(said, data):
         warn(said)
     return decoded
 
 
+def _tells_damage(said: str, data: bytes) -> bool:
+    """Whether libjpeg's first warning is of pixels; judged as `data_prep/checks.py` does."""
+    padding = _PADDING.search(said)
+    if not said.startswith(_DAMAGE) or (padding and int(padding[1]) <= _MOST_PADDING):
+        return False
+    try:
+        decode_jpeg_header(data)
+    except ValueError:  # it warned of the header, and what it could not read there it did not need
+        return False
+    return True
+
+
 # What libjpeg warns of when it is not metadata that are odd: in the words of its jerror.h.
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file", "Inconsistent progression sequence")
+_PADDING = re.compile(r"(\d+) extraneous bytes before marker 0xd[0-79]$")  # restart, end
+_MOST_PADDING = 16  # bytes: webcams write 1 to 4
 _BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -128,6 +150,12 @@ def _reduction(size: Size, needed: Size) -> int:
     return max(n for n in (1, 2, 4) if n <= max(1, ratio))
 
 
+def _resized(image: Image.Image, size: Size, scale: int, needed: Size) -> Image.Image:
+    """To `needed`, from an image of `size` that was decoded at one part in `scale`."""
+    # The last row and column may be of fewer pixels than the others.
+    return image.resize(needed[::-1], _BILINEAR, (0, 0, size[1] / scale, size[0] / scale))
+
+
 def _by_pillow(data: bytes, needed: Size | None) -> tuple[Tensor, int, int]:
     with _opened(data) as opened:
         width, height = opened.size
@@ -135,9 +163,7 @@ def _by_pillow(data: bytes, needed: Size | None) -> tuple[Tensor, int, int]:
         try:
             # Only JPEG files can be drafted; for others it returns None.
             if needed and scale > 1 and opened.draft("RGB", (width // scale, height // scale)):
-                # The last row and column may be of fewer pixels than the others.
-                part = (0, 0, width / scale, height / scale)
-                image = to_rgb(opened).resize(needed[::-1], _BILINEAR, part)
+                image = _resized(to_rgb(opened), (height, width), scale, needed)
             else:
                 image = to_rgb(opened)
         except UnknownWhite:
@@ -195,6 +221,8 @@ def _plain_jpeg_size(data: bytes) -> Size | None:
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
+        elif marker <= 0x01 or 0xD0 <= marker <= 0xD9:  # without content
+            at += 2
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
             precision, channels = data[at + 4], data[at + 9]
             height = int.from_bytes(data[at + 5 : at + 7])

@@ -5,6 +5,7 @@ nothing else than the shards. So the number of workers changes nothing.
 """
 
 import signal
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ class _Samples(Dataset):
         self.shards, self.column_of = shards, labels.column_of()
         self.config, self.seed = config, seed
 
-    def __getitem__(self, samples: np.ndarray) -> Batch | UserError:
+    def __getitem__(self, samples: np.ndarray) -> Batch | UserError | OSError:
         examples, records = [], []
         try:
             for epoch, index in samples.tolist():
@@ -52,7 +53,7 @@ class _Samples(Dataset):
                 example, record = self._decoded(index, geometry)
                 examples.append(transform(example, geometry))
                 records.append(record)
-        except UserError as error:
+        except (UserError, OSError) as error:
             return error  # raised in a worker it would arrive with a traceback in its text
         return collate(examples, records)
 
@@ -82,10 +83,16 @@ def _load(
         samples, sampler=batches, batch_size=None, num_workers=workers, pin_memory=pin_memory,
         worker_init_fn=_left_to_the_trainer,
     )  # fmt: skip
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, (UserError, OSError)):
+                raise batch
+            yield batch
+    except Exception as error:
+        # In torch's an error of a worker refers to itself, so that the workers would not end with
+        # the loader, and the process would wait for them at its end, for ever.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def steps_per_epoch(shards: ShardSet, batch_size: int) -> float:

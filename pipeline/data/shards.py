@@ -98,10 +98,14 @@ class ShardSet:
     def _bytes(self, index: int) -> bytes:
         shard, offset = int(self.shard[index]), int(self.offset[index])
         length = int(self.length[index])
-        data = os.pread(self._open(shard), length, offset)
-        while self.cache is not None and len(data) < length:  # the shard has made room for others
-            os.close(self._files.pop(shard))
+        try:
             data = os.pread(self._open(shard), length, offset)
+            while self.cache is not None and len(data) < length:  # it has made room for others
+                os.close(self._files.pop(shard))
+                data = os.pread(self._open(shard), length, offset)
+        except OSError as error:  # of an open file it has no name
+            error.filename = error.filename or f"{self.folder}/{self.shard_names[shard]}"
+            raise
         return data
 
     def _parsed(self, index: int, data: bytes) -> Sample:

@@ -401,6 +401,22 @@ def test_numbers_at_the_top_of_the_file_that_are_none_are_reported(small, tmp_pa
     assert repr(json.loads((tmp_path / "out.json").read_text())) == repr(content)
 
 
+def test_findings_with_text_that_cannot_be_printed_are_told(small, command, tmp_path):
+    """A lone surrogate, which JSON may have as an escape."""
+    content = small(2)
+    content["info"]["\ud800"] = float("nan")
+    content["annotations"][0] |= {"id": "\udfff", "bbox": [1, 1, 0, 0]}
+    small.save(content)
+    options = ("--images", small.images, "--annotations", small.annotations, "--workers", 1)
+    converted = command("convert", *options, "--output", small.output)
+    verified = command("verify", small.output, "--workers", 1, "--output", tmp_path / "found.json")
+    for result in (converted, verified):
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "annotation \\udfff\n" in result.stdout
+        assert "in info: \\ud800 is nan\n" in result.stdout
+    assert (tmp_path / "found.json").exists()
+
+
 def script(name):
     """A file beside this one that is no test, as a module."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
@@ -510,8 +526,11 @@ def test_truncation_is_seen_behind_a_thumbnail(encoded):
     for cut in (len(data) - 2, len(data) // 2):
         with pytest.raises(TruncatedImage):
             read_image_header(data[:cut])
-    with pytest.raises(TruncatedImage):
-        read_image_header(encoded(kind="PNG")[:-20])
+    png = encoded(kind="PNG")
+    assert read_image_header(png + b"trailing" * 99) == read_image_header(png)
+    for cut in (png[:-20], png[:-20] + bytes(99)):
+        with pytest.raises(TruncatedImage):
+            read_image_header(cut)
 
 
 def test_damaged_images_raise_nothing_but_value_error(encoded):

@@ -133,6 +133,13 @@ def test_a_class_of_one_image_is_named(tmp_path):
     assert [*result.only_in_train, *result.only_in_val] == ["class 9"]
 
 
+def test_a_name_that_cannot_be_printed_is_named_as_far_as_it_can(tmp_path):
+    content = coco([("a", [1]), ("b", [1]), ("c", [1]), ("d", [9])])
+    content["categories"][1]["name"] = "cup \ud800"
+    result = split(saved(tmp_path, content), tmp_path / "parts")
+    assert [*result.only_in_train, *result.only_in_val] == ["cup ?"]
+
+
 @pytest.mark.parametrize("by", ["video_id", "folder"])
 def test_frames_of_a_video_stay_together(tmp_path, by):
     images = [(f"v{i // 10}/{i}.jpg", [1 + i % 2], {"video_id": i // 10}) for i in range(80)]

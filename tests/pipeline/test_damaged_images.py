@@ -51,6 +51,23 @@ def test_damaged_data_gives_pillows_pixels_and_libjpegs_words(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_told_where_the_file_is_decoded_smaller(kind):
+    told = []
+    image, height, width = decode_image(zeroed(KINDS[kind]), (60, 80), told.append)
+    assert (tuple(image.shape), height, width) == ((3, 60, 80), 240, 320)
+    assert len(told) == 1
+    assert told[0].startswith("Corrupt JPEG data: ")
+
+
+def test_a_header_that_pillow_does_not_take_is_no_matter_whatever_the_size():
+    whole = KINDS["baseline"]
+    data = whole[:2] + b"\xff\xe0\0\x07JFIF\0" + whole[20:]
+    for needed in (None, (200, 300), (60, 80)):
+        expected = decode_image(whole, needed)[0]
+        np.testing.assert_array_equal(decode_image(data, needed)[0].numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kept", [0.75, 0.97])
 def test_a_file_without_its_end_is_an_error_in_libjpegs_words(kind, kept):
     told = []
@@ -76,9 +93,14 @@ def test_a_failure_after_a_warning_is_an_error():
     [
         pytest.param(lambda whole: whole.replace(b"JFIF\0\1", b"JFIF\0\3"), id="JFIF 3"),
         pytest.param(lambda whole: whole + b"behind the end", id="bytes behind the end"),
+        pytest.param(lambda whole: whole[:-2] + b"\x5a" * 12 + whole[-2:], id="webcam's padding"),
+        pytest.param(
+            lambda whole: whole[:2] + b"\xff\xe2\0\x12ICC_PROFILE\0\x05\x02AB" + whole[2:],
+            id="colour profile",
+        ),
     ],
 )
-def test_odd_metadata_is_not_told(odd):
+def test_what_leaves_the_pixels_as_they_are_is_not_told(odd):
     whole, told = KINDS["baseline"], []
     data = odd(whole)
     assert data != whole

@@ -97,6 +97,20 @@ def test_a_much_larger_image_is_decoded_smaller_and_looks_the_same(times, mode):
     assert np.abs(resized - expected).mean() < 2
 
 
+@pytest.mark.parametrize("size", [(901, 1203), (8, 8), (7, 4), (65, 9), (250, 17)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_reduced_image_is_pillows_draft_resized(size, mode):
+    data = encoded(photograph(*size, mode), "JPEG", quality=92)
+    needed = (size[0] // 4, size[1] // 4)
+    whole = Image.open(io.BytesIO(data))
+    _, (_, _, width, height) = whole.draft("RGB", (size[1] // 2, size[0] // 2))
+    expected = whole.convert("RGB").resize(
+        needed[::-1], Image.Resampling.BILINEAR, (0, 0, width, height)
+    )
+    image = decode_image(data, needed)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(image, np.asarray(expected))
+
+
 def test_other_formats_are_decoded_whole():
     image, _, _ = decode_image(FILES["png"], (4, 5))
     assert image.shape == (3, 33, 47)
@@ -172,6 +186,19 @@ def test_a_header_that_promises_far_too_much_is_an_error():
     huge[29:33] = zlib.crc32(bytes(huge[12:29])).to_bytes(4, "big")
     with pytest.raises(ValueError, match="decompression bomb"):
         decode_image(bytes(huge))
+
+
+@pytest.mark.parametrize("marker", [b"\xff\x00", b"\xff\x01", b"\xff\xd0", b"\xff\xd7"])
+def test_the_size_is_read_where_libjpeg_reads_it(marker):
+    """The marker has no length. Were what follows it one, it would lead to another frame."""
+    whole = FILES["no subsampling"]
+    frame = whole.index(b"\xff\xc0")
+    other = whole[frame : frame + 10]
+    comment = b"\xff\xe5\xff\xff" + bytes(0xFFE5 - 4) + other + bytes(0xFFFF + 2 - 0xFFE5 - 10)
+    huge = whole[: frame + 5] + (20_000).to_bytes(2) * 2 + whole[frame + 9 :]
+    decode_image(whole[:2] + marker + comment + whole[2:])
+    with pytest.raises(ValueError, match="decompression bomb"):
+        decode_image(whole[:2] + marker + comment + huge[2:])
 
 
 # Colours, against what each format means

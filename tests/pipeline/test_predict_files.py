@@ -183,6 +183,22 @@ def test_broken_images_are_left_out_and_told(checkpoint, photos, tmp_path, capsy
     assert np.allclose(boxes[0][:5], boxes[1][:5], atol=0.01)
 
 
+def test_an_image_that_is_damaged_in_its_middle_is_looked_at_and_told(
+    checkpoint, photos, tmp_path, capsys
+):
+    whole = (photos / "film1/frame1.jpg").read_bytes()
+    path = tmp_path / "a.jpg"
+    path.write_bytes(whole[:-400] + bytes(200) + whole[-200:])
+    assert predict(checkpoint, path, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"{path} is damaged, and what is found in it may be wrong: Corrupt JPEG data: "
+    )
+    assert said.count("\n") == 1
+    written = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [one["file_name"] for one in written["images"]] == ["a.jpg"]
+
+
 def test_without_detections_the_files_are_whole(checkpoint, photos, tmp_path):
     given = ("--threshold", 1, "--output", tmp_path / "out")
     assert predict(checkpoint, photos / "film1/frame1.jpg", *given) == 0

@@ -1,9 +1,14 @@
 """Shards as training reads them, class columns, decoding and batching."""
 
+import errno
+import gc
 import io
 import json
+import multiprocessing
+import os
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +28,7 @@ from pipeline.data.loader import (
 from pipeline.data.order import Stream
 from pipeline.data.shards import Sample, ShardSet
 from pipeline.errors import UserError
+from pipeline.machine_errors import in_a_line
 from tests.pipeline.test_resumed_batches import config_for
 
 
@@ -95,6 +101,43 @@ def test_a_mistake_found_by_a_worker_is_one_line(drawn, tmp_path, workers):
     assert str(caught.value).startswith(f"image {shards.image_id[20]} (")
     assert "cannot be decoded" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_vanishes_is_one_line(drawn, tmp_path, workers):
+    copy = tmp_path / "copy"
+    shutil.copytree(drawn.shards / "train", copy)
+    shards = ShardSet(copy)
+    for name in shards.shard_names:
+        (copy / name).unlink()
+    labels = build_labels(shards.categories, "contiguous")
+    config = config_for(loader_workers=workers)
+    with pytest.raises(OSError, match="No such file") as caught:
+        list(training_steps(shards, labels, config, range(5), 0, 1, False))
+    assert in_a_line(caught.value).startswith(f"{copy}/shard-")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_read_names_the_shard(drawn, monkeypatch):
+    shards = ShardSet(drawn.shards / "train")
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    monkeypatch.setattr(os, "pread", Mock(side_effect=stale))
+    with pytest.raises(OSError, match=rf"Stale file handle: '{shards.folder}/shard-000000.tar'"):
+        shards.read(0)
+
+
+def test_workers_end_with_the_loader_where_one_fails(drawn, monkeypatch):
+    """Else the process would wait for them when it ends."""
+    shards = ShardSet(drawn.shards / "train")
+    monkeypatch.setattr("pipeline.data.loader.collate", Mock(side_effect=ZeroDivisionError("ours")))
+    labels = build_labels(shards.categories, "contiguous")
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError, match="ours"):
+            list(evaluation_batches(shards, labels, config_for(loader_workers=2), 0, 1, 2, False))
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_a_picture_of_another_size_than_the_manifests_is_named():
