@@ -4,6 +4,8 @@ The process that trains decides which samples make a batch; a worker is told the
 nothing else than the shards. So the number of workers changes nothing.
 """
 
+import atexit
+import multiprocessing
 import signal
 import traceback
 from collections import deque
@@ -74,6 +76,16 @@ def _left_to_the_trainer(worker: int) -> None:
     because of that, it is still needed. It ends with the trainer, whichever way."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Of a loader that is still held when this process ends. multiprocessing would send them
+    SIGTERM then, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _load(

@@ -7,7 +7,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -30,6 +33,8 @@ from pipeline.data.shards import Sample, ShardSet
 from pipeline.errors import UserError
 from pipeline.machine_errors import in_a_line
 from tests.pipeline.test_resumed_batches import config_for
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -138,6 +143,31 @@ def test_workers_end_with_the_loader_where_one_fails(drawn, monkeypatch):
         assert multiprocessing.active_children() == []
     finally:
         gc.enable()
+
+
+HOLDS_A_LOADER = """
+import sys
+from pipeline.data.labels import build_labels
+from pipeline.data.loader import evaluation_batches
+from pipeline.data.shards import ShardSet
+from tests.pipeline.test_resumed_batches import config_for
+
+shards = ShardSet(sys.argv[1])
+labels = build_labels(shards.categories, "contiguous")
+batches = evaluation_batches(shards, labels, config_for(loader_workers=2), 0, 1, 2, False)
+print(len(next(batches).image_ids), flush=True)
+if sys.argv[2] == "fails":
+    raise ZeroDivisionError("ours")
+"""
+
+
+@pytest.mark.parametrize(("end", "status", "said"), [("ends", 0, ""), ("fails", 1, "ours")])
+def test_a_process_ends_that_holds_an_unfinished_loader(drawn, end, status, said):
+    command = [sys.executable, "-c", HOLDS_A_LOADER, drawn.shards / "train", end]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (status, "2\n")
+    assert ended.stderr.strip().endswith(said)
+    assert "killed" not in ended.stderr
 
 
 def test_a_picture_of_another_size_than_the_manifests_is_named():
