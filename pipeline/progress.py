@@ -46,7 +46,11 @@ class ProgressPrinter(threading.Thread):
         self.print_new()
 
     def print_new(self) -> None:
-        for line in self.tail.new_lines():
+        try:
+            lines = self.tail.new_lines()
+        except OSError:  # storage that is away for a moment; they are read the next time
+            return
+        for line in lines:
             if line["time"] <= self.since:  # of an earlier start, or read before
                 self.best = max(self.best, line.get("AP", -1.0))
                 continue

@@ -1,8 +1,12 @@
 """Metrics reach MLflow once each, through restarts, rewinds and a server that is away."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow
 import pytest
@@ -109,6 +113,20 @@ def test_progress_has_loss_speed_and_time_left(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     for word in ("hello", "epoch 2/4", "50%|", "50/100", "4.32", "88 images/s", "left", "AP 0.500"):
         assert word in out
+
+
+def test_progress_goes_on_after_the_storage_was_away(tmp_path, capsys, monkeypatch):
+    """An error of the printer would take the place of what the job has to say at its end."""
+    printer = ProgressPrinter(tmp_path, "demo")
+    MetricsLog(tmp_path).write("event", 0, 0.0, event="message", text="hello")
+    with monkeypatch.context() as away:
+        stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        away.setattr(Path, "open", Mock(side_effect=stale))
+        printer.start()
+        printer.finish()
+    assert capsys.readouterr().out == ""
+    printer.print_new()
+    assert capsys.readouterr().out == "hello\n"
 
 
 def test_every_metric_arrives_once_through_restart_and_rewind(folder):
