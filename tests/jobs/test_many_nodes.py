@@ -121,15 +121,15 @@ def test_a_node_that_drains_loses_no_step(run, command, reference):
 def test_an_elastic_run_shrinks_and_grows(drawn, run, reference):
     # Images by themselves and no dropout: then the number of workers changes rounding alone. No
     # choice among proposals, which rounding decides while all are alike, and a rate that lets it
-    # grow slowly.
+    # grow slowly. Batches that take a second, so that it grows again within 50 steps.
     alone = (
         "--model.no-two-stage", "--model.dropout", 0, "--optimizer.lr", 2e-5,
         "--optimizer.backbone-lr", 2e-5, "--engine.precision", "fp32", "--engine.micro-batch", 1,
-        "--engine.checkpoint-steps", 2,
+        "--engine.checkpoint-steps", 2, "--optimizer.batch-size", 16,
     )  # fmt: skip
     elastic = ("--workers", 2, "--min-workers", 1, "--resize-interval", 5)
     with Cluster(nodes=2) as cluster:
-        job = cluster.jobs(*options(drawn, run.folder, 24, *alone, *elastic))
+        job = cluster.jobs(*options(drawn, run.folder, 40, *alone, *elastic))
         cluster.wait(run.reached(4), job)
         since = time.time()
         cluster.kill_node(cluster.node_of(cluster.processes("RayTrainWorker")[0]))
@@ -144,7 +144,7 @@ def test_an_elastic_run_shrinks_and_grows(drawn, run, reference):
         started = [x["step"] for x in run.lines("event") if x["event"] == "start"]
         assert stopped == started[-1:]  # to grow costs no step
         assert job.wait(400) == 0, job.log.read_text()
-    lines, unhurt = run.lines("train"), reference(2, 24, *alone).lines("train")
+    lines, unhurt = run.lines("train"), reference(2, 40, *alone).lines("train")
     for name in ("step", "lr"):
         assert [x[name] for x in lines] == [x[name] for x in unhurt]
     assert started[-1] < 50
