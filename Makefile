@@ -60,8 +60,8 @@ bench: setup
 	@$(BIN)/python -m cuda_ops benchmark
 
 # For a GPU machine, without the environment above: PYTHON needs torch, torchvision, scipy, simplejpeg
-# and tyro; transformers for BESIDE, pytest and hypothesis for the tests, the packages of requirements.lock for
-# those of trainings. Goes on after a failure, then fails.
+# and tyro; transformers for BESIDE, pytest and hypothesis for the tests, the packages of
+# requirements.lock for those of trainings. Goes on after a failure, then fails.
 BESIDE ?= grid_sample transformers
 STEPS ?= 20
 RESULTS := docs/benchmarks

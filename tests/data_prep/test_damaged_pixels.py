@@ -292,3 +292,9 @@ def test_the_limit_of_pixels_is_that_of_training(small):
     small.save(content)
     (problem,) = convert(*small.arguments).problems
     assert (problem.kind, problem.image_id) == ("unsupported image", 10)
+
+
+@pytest.mark.parametrize("name", ["_DAMAGE", "_PADDING", "_MOST_PADDING", "MOST_PIXELS"])
+def test_training_judges_as_convert_does(name):
+    """Neither package may import the other."""
+    assert getattr(training, name) == getattr(checks, name)
