@@ -6,6 +6,7 @@ others, is fetched again. fsspec reads every kind of storage, filelock keeps pro
 are the libraries that the machine learning tools around us use for it.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -115,7 +116,9 @@ class ShardCache:
         try:
             self._reserve(partial, int(self.shards[shard]["bytes"]))
             attempt(url, lambda: _download(url, partial, self.shards[shard]))
-            os.rename(partial, path)
+            # Under the lock, so that one who counts meets one of the names.
+            with FileLock(self.folder / ".lock"):
+                os.rename(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -136,7 +139,7 @@ class ShardCache:
             time.sleep(0.1)  # until another process's download is complete and may go
 
     def _make_room(self, size: int) -> bool:
-        held = {path: path.stat() for path in _files(self.folder)}
+        held = _held(self.folder)
         free = self.most_bytes - sum(status.st_size for status in held.values())
         for path in sorted(held, key=lambda path: held[path].st_mtime_ns):
             if free >= size:
@@ -145,8 +148,12 @@ class ShardCache:
         return free >= size
 
 
-def _files(folder: Path) -> list[Path]:
-    return [*folder.glob("*/*.tar"), *folder.glob("*/*.partial")]
+def _held(folder: Path) -> dict[Path, os.stat_result]:
+    held = {}
+    for path in (*folder.glob("*/*.tar"), *folder.glob("*/*.partial")):
+        with contextlib.suppress(FileNotFoundError):  # damaged or failed, and removed meanwhile
+            held[path] = path.stat()
+    return held
 
 
 def _lock_of(path: Path) -> Path:
@@ -176,14 +183,15 @@ def _free(path: Path) -> None:
 
 
 def _download(url: str, partial: Path, shard: dict[str, Any]) -> None:
-    digest = hashlib.sha256()
-    # Written over what was reserved, so that the space is never given up.
+    digest, size = hashlib.sha256(), 0
+    # Written over what was reserved and no further, so that the space is never given up nor passed.
     with fsspec.open(url, "rb") as source, partial.open("r+b") as target:
         while block := source.read(BLOCK):
+            size += len(block)
+            if size > shard["bytes"]:
+                raise OSError(_other_size(f"{size} or more", shard))
             digest.update(block)
             target.write(block)
-        target.truncate()
-        size = target.tell()
         target.flush()
         # Else a power cut after the rename could leave a shard's name on zeros, or on nothing.
         os.fsync(target.fileno())
@@ -193,7 +201,7 @@ def _download(url: str, partial: Path, shard: dict[str, Any]) -> None:
         raise OSError(_other_digest(digest.hexdigest(), shard))
 
 
-def _other_size(found: int, shard: dict[str, Any]) -> str:
+def _other_size(found: int | str, shard: dict[str, Any]) -> str:
     return f"got {found} bytes, expected {shard['bytes']} as its manifest says"
 
 

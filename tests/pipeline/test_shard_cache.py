@@ -10,13 +10,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import fsspec
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pipeline.config import DataConfig
 from pipeline.data import cache as cache_module
@@ -372,6 +373,64 @@ def test_what_a_killed_process_left_is_cleared(memory, tmp_path):
     left.write_bytes(bytes(1000))
     cache.fetch(0)
     assert [p.stem[-1] for p in tars(tmp_path)] == ["0"]
+
+
+def test_a_download_takes_its_name_when_nobody_counts(memory, tmp_path, monkeypatch):
+    """One who counted could meet neither name, or one that has just gone."""
+    rename, locked = os.rename, []
+
+    def recorded(old, new):
+        try:
+            FileLock(tmp_path / ".lock", timeout=0).acquire()
+        except Timeout:
+            locked.append(new)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", recorded)
+    ShardCache("memory://many", "d" * 64, storage_of(memory, 1, 1000), tmp_path, 2000).fetch(0)
+    assert locked == tars(tmp_path) != []
+
+
+def test_room_is_made_while_other_downloads_fail(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "ATTEMPTS", 1)
+    shards = storage_of(memory, 2, 1000)
+    cache = ShardCache("memory://many", "d" * 64, shards, tmp_path, most_bytes=2000)
+    others = [replace(cache, digest=name * 64, url="memory://none") for name in "ef"]
+    done = threading.Event()
+
+    def fail(other: ShardCache) -> None:
+        while not done.is_set():
+            with pytest.raises(UserError, match="nothing is there"):
+                other.fetch(0)
+
+    with ThreadPoolExecutor() as pool:
+        failing = [pool.submit(fail, other) for other in others]
+        try:
+            for i in range(100):
+                cache.path(i % 2).unlink(missing_ok=True)
+                cache.fetch(i % 2)
+        finally:
+            done.set()
+    for each in failing:
+        each.result()
+
+
+@pytest.mark.parametrize("content", [b"short", bytes(3000)])
+def test_a_wrong_download_keeps_to_the_room_it_was_given(memory, tmp_path, monkeypatch, content):
+    sizes = []
+    monkeypatch.setattr(
+        cache_module.time, "sleep", lambda _: sizes.extend(p.stat().st_size for p in partials())
+    )
+
+    def partials() -> list[Path]:
+        return list(tmp_path.glob("*/*.partial"))
+
+    shards = storage_of(memory, 1, 1000)
+    memory.pipe_file("/many/shard-000000.tar", content)
+    with pytest.raises(UserError, match=r"got \d+ (or more )?bytes, expected 1000"):
+        ShardCache("memory://many", "d" * 64, shards, tmp_path, 2000).fetch(0)
+    assert sizes == [1000] * 4
+    assert not partials()
 
 
 def read_all(shards: ShardSet, order: list[int], expected: list[bytes], failures) -> None:
