@@ -12,6 +12,8 @@ from data_prep.parallel import OrderedMap, Result, Task, default_workers, drawn_
 
 LOCAL, AUTO = "local", "auto"
 CONNECT_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes
+# Ray gives a node 30 s, which cannot be changed and is short on a machine with much else to do.
+STARTS, TOO_SLOW = 3, "timed out during startup"
 
 
 @contextmanager
@@ -39,20 +41,24 @@ def ray_cluster(address: str) -> Iterator[OrderedMap]:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    try:
-        ray.init(
-            address=address,
-            runtime_env={"py_modules": [str(Path(__file__).parent)]},
-            log_to_driver=False,
-            logging_level="error",
-            **options,
-        )
-    except Exception as error:  # Ray raises all kinds, and plain Exception when it cannot start
-        why = str(error).partition("\n")[0]
-        raise ValueError(
-            f"no Ray cluster at {address!r} ({why}); start one with ray start --head, or take "
-            f"--ray {LOCAL}"
-        ) from None
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                address=address,
+                runtime_env={"py_modules": [str(Path(__file__).parent)]},
+                log_to_driver=False,
+                logging_level="error",
+                **options,
+            )
+            break
+        except Exception as error:  # Ray raises all kinds, and plain Exception when it cannot start
+            if TOO_SLOW in str(error) and left:
+                continue
+            why = str(error).partition("\n")[0]
+            raise ValueError(
+                f"no Ray cluster at {address!r} ({why}); start one with ray start --head, or take "
+                f"--ray {LOCAL}"
+            ) from None
 
     def ordered(function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         remote = ray.remote(num_cpus=1, max_retries=3)(function)

@@ -17,8 +17,13 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples each time, and no limit to the time of one: who changes something else, or has a
+# busy machine, sees no failure of chance. `--hypothesis-profile default` draws others.
+settings.load_profile("ci")
 
 ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ  # processes that run the tests
 if ONE_OF_SEVERAL:

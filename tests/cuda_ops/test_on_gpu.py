@@ -85,11 +85,15 @@ def test_nothing_waits_for_the_gpu(operator: Callable[..., Tensor], dtype: torch
     inputs = leaves(operator, "cuda", dtype)
     step(operator, inputs)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda._sleep(2_000_000_000)  # a second and more, before the work
+    awake = torch.cuda.Event()
+    awake.record()
+    torch.cuda.set_sync_debug_mode("error")  # names the place, where torch itself waits
     try:
         step(operator, inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not awake.query()
 
 
 @pytest.mark.usefixtures("deterministic")

@@ -93,7 +93,7 @@ def command():
             capture_output=True,
             text=True,
             cwd=cwd,
-            timeout=120,
+            timeout=600,
         )
 
     return run
@@ -117,7 +117,7 @@ def terminal():
             while part := os.read(ours, 2**16):
                 shown += part
         os.close(ours)
-        assert process.wait(timeout=120) == 0, shown
+        assert process.wait(timeout=600) == 0, shown
         return shown.decode()
 
     return run

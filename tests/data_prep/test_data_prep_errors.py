@@ -97,7 +97,8 @@ def test_strict_and_damage_at_the_command_line(small, command):
 def test_an_unwritable_place_is_named(small, command, tmp_path):
     small()
     (tmp_path / "file").write_text("")
-    fails(run_convert(command, small, output=tmp_path / "file" / "below"), "Not a directory")
+    place = tmp_path / "file" / "below"
+    fails(run_convert(command, small, output=place), f"error: {place}/.convert: Not a directory")
 
 
 @pytest.mark.parametrize("output", ["", ".", "folder/", "missing/", "folder/.."])

@@ -8,7 +8,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from data_prep.convert import convert
-from data_prep.on_ray import ray_cluster
+from data_prep.on_ray import STARTS, ray_cluster
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -103,6 +103,40 @@ def test_the_command_starts_a_cluster_of_its_own_or_names_the_missing_one(
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1
         assert message in done.stderr
+
+
+# As Ray's node does where its first seconds take long.
+GIVES_UP = """
+import sys
+from ray._private import services
+from data_prep.cli import main
+get_node, left = services.get_node, [None] * int(sys.argv[1])
+
+def slow(*given):
+    if left:
+        left.pop()
+        raise Exception("The current node timed out during startup.")
+    return get_node(*given)
+
+services.get_node = slow
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("times", [1, STARTS])
+def test_a_node_that_gives_itself_up_is_started_again(small, tmp_path, no_token, times):
+    small(3)
+    command = [sys.executable, "-c", GIVES_UP, times, *arguments(small, tmp_path / "out", "local")]
+    done = subprocess.run(
+        [str(x) for x in command], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    if times < STARTS:
+        assert done.returncode == 0, done.stderr
+        assert "3 images with 3 annotations" in done.stdout
+    else:
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert "'local' (The current node timed out during startup.)" in line
 
 
 def test_ray_is_loaded_only_when_it_is_asked_for(small):

@@ -45,7 +45,7 @@ def hostile(count, seed):
     return {key: content[key] for key in keys}
 
 
-def same_as_json(path, content, ordered):
+def require_same_as_json(path, content, ordered):
     found = read_coco(path, ordered)
     assert [image.id for image in found.images] == [image["id"] for image in content["images"]]
     assert found.keys == list(content)
@@ -74,7 +74,7 @@ def test_any_size_of_chunks_finds_the_same(tmp_path_factory, seed, chunk, ascii_
     path.write_text(json.dumps(content, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "CHUNK", chunk)
-        same_as_json(path, content, map)
+        require_same_as_json(path, content, map)
 
 
 def test_processes_find_the_same(tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_processes_find_the_same(tmp_path, monkeypatch):
     path.write_text(json.dumps(content))
     monkeypatch.setattr(records, "CHUNK", 2000)
     with worker_processes(2) as ordered:
-        same_as_json(path, content, ordered)
+        require_same_as_json(path, content, ordered)
 
 
 @settings(max_examples=60, deadline=None)

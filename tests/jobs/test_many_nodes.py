@@ -53,7 +53,7 @@ def test_a_killed_node_and_a_stop_change_nothing(run, command, reference):
         cluster.wait(run.reached(run.step() + 1), job)
         since = time.time()
         stop = cluster.jobs("stop", "--job", "many-0")
-        assert stop.wait(120) == 0, stop.log.read_text()
+        assert stop.wait(400) == 0, stop.log.read_text()
         report("jobs stop, until the job has ended", time.time() - since)
         assert "STOPPED" in stop.log.read_text()
         assert job.wait(240) == 2
@@ -66,7 +66,7 @@ def test_a_killed_node_and_a_stop_change_nothing(run, command, reference):
         since = time.time()
         job = cluster.jobs(*command)
         report("submitted again after a stop", cluster.wait(run.went_on(since), job))
-        assert job.wait(240) == 0, job.log.read_text()
+        assert job.wait(600) == 0, job.log.read_text()
     assert_unhurt(run, reference(2, EPOCHS))
 
 

@@ -304,6 +304,7 @@ def test_one_training_has_a_folder_and_a_killed_one_leaves_it(tmp_path, monkeypa
 
 
 def test_a_stop_is_heard_by_signal_and_by_file(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)  # Ray's, where a test before had one in this process
     with stop_request(tmp_path, look=True) as request:
         assert not request.asked
         signal.raise_signal(signal.SIGTERM)
@@ -319,7 +320,7 @@ def test_a_stop_is_heard_by_signal_and_by_file(tmp_path):
         while not request.asked and time.monotonic() < deadline:
             time.sleep(0.01)
         assert request.asked
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_stop_is_heard_after_the_storage_was_away(tmp_path, monkeypatch):
@@ -334,7 +335,7 @@ def test_a_stop_is_heard_after_the_storage_was_away(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "exists", seldom)
     (tmp_path / "stop").touch()
     with stop_request(tmp_path, look=True) as request:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not request.asked and time.monotonic() < deadline:
             time.sleep(0.01)
         assert request.asked
