@@ -36,10 +36,13 @@ BAD = [
     f"simplecache::https://{USER}:{SECRET}@127.0.0.1:9/x",
     f"https://127.0.0.1:9/x?sv=1&sig={SECRET}",
     f"https://127.0.0.1:9/x.json?X-Amz-Signature={SECRET}/y",
+    f"https://127.0.0.1:9/file:///x?sig={SECRET}",
+    f"profile://bucket/x?sig={SECRET}",
 ]
 GOOD = [
     "https://127.0.0.1:9/x", "https://[::1]:9/x", "s3://bucket/data@v2/train", "gs://b/a:b",
     "https://host:8080/data@v2", "file:///data/x", "memory://train", "/data/me@work?/x", "me@host",
+    "file:///data/x?y#z", "local:///data/x?y", "file://localhost/data/x?y",
 ]  # fmt: skip
 
 
