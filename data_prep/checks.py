@@ -288,8 +288,9 @@ def non_finite(value: Any) -> bool:
         if not value or type(value[0]) is list:
             return any(map(non_finite, value))
         try:
-            # Long lists of coordinates: a sum is finite only if every term is.
-            if math.isfinite(sum(value)):
+            # Long lists of coordinates: a sum is finite only if every term is. It begins with a
+            # float, because integers beyond the floats could cancel out.
+            if math.isfinite(sum(value, 0.0)):
                 return False
         except (TypeError, OverflowError):  # not all of them numbers, or too large
             pass

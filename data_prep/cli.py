@@ -24,6 +24,7 @@ from data_prep.split import TRAIN, VAL
 from data_prep.split import split as split_annotations
 from data_prep.stats import collect, save_plots, tables
 from data_prep.synthesize import synthesize as draw_data_set
+from data_prep.urls import masked
 from data_prep.verify import DAMAGE
 from data_prep.verify import verify as verify_shards
 
@@ -302,10 +303,10 @@ def main(argv: Sequence[str]) -> int:
         return 130
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(masked(traceback.format_exc()))
         line, status = _told(error)
         hint = "" if debug or status == 2 else f" ({DEBUG} shows where)"
-        print(f"error: {' '.join(line.splitlines())}{hint}", file=sys.stderr)
+        print(f"error: {masked(' '.join(line.splitlines()))}{hint}", file=sys.stderr)
         return status
     return 0
 

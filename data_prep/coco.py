@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.checks import BOX_TOLERANCE, Problem
+from data_prep.checks import BOX_TOLERANCE, Problem, header_problems
 from data_prep.columns import (
     FIELDS,
     NO_ID,
@@ -119,12 +119,13 @@ def read_coco(path: Path, ordered: OrderedMap = map, origin: Location = "") -> C
     reader = _Reader(path, origin, data, ordered)
     try:
         reader.read()
+        in_header = list(header_problems(reader.header))
     except json.JSONDecodeError as error:
         where = json.JSONDecodeError(error.msg, data[:].decode("latin-1"), error.pos)
         raise ValueError(f"{origin} is not valid JSON: {where}") from None
     except RecursionError:
         raise ValueError(f"{origin} is not in COCO format: it is nested too deeply") from None
-    return reader.finish(digest.hexdigest())
+    return reader.finish(digest.hexdigest(), in_header)
 
 
 def _encoding(beginning: bytes, error: UnicodeDecodeError) -> str:
@@ -216,7 +217,7 @@ class _Reader:
                 return position + 1
             position = self._expect(b",", position)
 
-    def finish(self, digest: str) -> CocoFile:
+    def finish(self, digest: str, in_header: list[Problem]) -> CocoFile:
         missing = [
             key
             for key, there in (
@@ -266,7 +267,7 @@ class _Reader:
             images=images,
             repeated=repeated,
             orphans=orphans,
-            problems=problems,
+            problems=problems + in_header,
             _annotations=rows,
             _first=np.searchsorted(image_of, np.arange(len(images) + 1)),
             _suspects=frozenset(image_of[suspect].tolist()),

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.checks import Problem, header_problems, read_report, report
+from data_prep.checks import Problem, read_report, report
 from data_prep.coco import CocoFile, category_ids, read_coco
 from data_prep.manifest import NAME, Manifest, data_digest, read_manifest, write_manifest
 from data_prep.parallel import OrderedMap, worker_processes
@@ -175,8 +175,7 @@ def _naming(output: Folder, name: str) -> Iterator[None]:
 
 def _problems_before(coco: CocoFile, sizes: list[int | None], images: Folder) -> list[Problem]:
     """What is wrong judging by the annotation file and the list of image files."""
-    problems = [*coco.problems, *header_problems(coco.header)]
-    problems += [
+    problems = coco.problems + [
         Problem(
             "duplicate image id", image.id, None, f"{image.file_name!r}: id {image.id} is taken"
         )

@@ -5,7 +5,8 @@ import re
 # `pipeline.data.urls` has the same, because neither package may import the other.
 # A user or password before "@". An S3 secret may have "/" in it; a port is none.
 CREDENTIALS = re.compile(r"://(?:[^/?#@\s]*|(?!\[)[^/?#@\s]*:(?!\d*/)[^@\s]*)@")
-QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
+# What follows file:// and local:// is a path, in which "?" is a letter.
+QUERY = re.compile(r"((?<!\bfile)(?<!\blocal)://[^\s?'\"]*)\?[^\s'\"]*")
 HINT = (
     "which run folders, logs and MLflow would show; leave it out, and give credentials to the "
     "store's driver, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "

@@ -105,7 +105,10 @@ def verify(shards: Location, *, decode: bool = False, workers: int = 1) -> list[
         Problem("annotation without image", None, row.get("id"), "kept in the manifest")
         for row in manifest.orphan_annotations
     ]
-    problems += header_problems(manifest.header)
+    try:
+        problems += header_problems(manifest.header)
+    except RecursionError:
+        raise ValueError(f"{shards}/manifest.json is damaged: it is nested too deeply") from None
     orphans = [row.get("id") for row in manifest.orphan_annotations]
     seen = {number for number in orphans if type(number) is int}
     with tqdm(total=len(rows), desc="verify", unit="image", disable=None) as bar:
@@ -145,7 +148,11 @@ def _verify_shard(task: _Task) -> _Found:
                 problems.append(damaged(f"expected SHA-256 {task.sha256}, got {digest}"))
             for row in task.rows:
                 data = os.pread(file.fileno(), row.length, row.offset)
-                found = _verify_sample(task, where, row, data)
+                try:
+                    found = _verify_sample(task, where, row, data)
+                except RecursionError:
+                    detail = f"{where}: its JSON is nested too deeply"
+                    found = _Found([Problem("damaged sample", row.id, None, detail)], [])
                 problems += found.problems
                 ids += found.ids
     except ConnectionError:

@@ -45,9 +45,10 @@ class Unavailable(Exception):
 
 
 Detect = Callable[[bytes, float, int], Awaitable[dict[str, Any]]]
-"""(encoded image, threshold, most) -> {width, height, detections, batch}, or {error} for bytes that
-are not an image; batch is the number of images that the model took at once, for one image of a
-batch, and 0 for the others. Raises `Unavailable`."""
+"""(encoded image, threshold, most) -> {width, height, detections, batch}, with `damage` of a file
+some of whose pixels are wrong, or {error} for bytes that are not an image; batch is the number of
+images that the model took at once, for one image of a batch, and 0 for the others. Raises
+`Unavailable`."""
 
 
 @dataclass

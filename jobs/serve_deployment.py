@@ -67,7 +67,8 @@ class DetectorReplica:
         found, batch = await self._together(prepared)
         if isinstance(found, Exception):
             raise found
-        return {**as_json(found, threshold, most), "batch": batch}
+        damage = {"damage": prepared.damage} if prepared.damage else {}
+        return {**as_json(found, threshold, most), **damage, "batch": batch}
 
     def _prepare(self, data: bytes) -> Prepared:
         check_image(data, self.settings.megapixels, self.settings.longest_side)

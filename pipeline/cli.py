@@ -18,6 +18,7 @@ from typing import Annotated, Any, TextIO, TypeVar
 import tyro
 
 from pipeline.config import RunConfig
+from pipeline.data.urls import masked
 from pipeline.errors import Unreachable, UserError
 from pipeline.machine_errors import first_line, in_a_line
 from pipeline.recipes import RECIPES, recipe
@@ -68,7 +69,7 @@ def main(
         commands[argv[0]].run(list(argv[1:]))
     except KeyboardInterrupt:
         if os.environ.get(DEBUG_VARIABLE) == "1":
-            traceback.print_exc()
+            sys.stderr.write(masked(traceback.format_exc()))
         print(interrupted, file=sys.stderr, flush=True)
         return 130
     except Exception as error:
@@ -78,13 +79,14 @@ def main(
 
 def tell(error: Exception, to: TextIO | None = None) -> int:
     """Prints what went wrong as one line, and returns the exit status: 2 for a user's mistake or
-    the machine's failure, 1 for a bug."""
+    the machine's failure, 1 for a bug. Neither the line nor the traceback before it has a password
+    or a signature of a URL."""
     if int(os.environ.get("LOCAL_RANK", "0")):
         # torchrun ends this process once another of its machine has told the same and ended.
         time.sleep(OTHERS_PATIENCE)
     to = to or sys.stderr
     if os.environ.get(DEBUG_VARIABLE) == "1":
-        traceback.print_exception(error, file=to)
+        to.write(masked("".join(traceback.format_exception(error))))
     if isinstance(error, BrokenPipeError) and error.filename is None:
         return 2  # whoever read the output has gone, such as `head`
     line, status = str(error) if isinstance(error, EXPECTED) else in_a_line(error), 2
@@ -95,7 +97,7 @@ def tell(error: Exception, to: TextIO | None = None) -> int:
             f"docs/errors.md says where to report it"
         )
         status = 1
-    print(f"error: {' '.join(line.splitlines())}", file=to, flush=True)
+    print(f"error: {masked(' '.join(line.splitlines()))}", file=to, flush=True)
     return status
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.detr import build_model
 from pipeline.errors import UserError
+from pipeline.machine_errors import naming
 from pipeline.recipes import recipe
 
 SIZE = (800, 1066)
@@ -241,4 +242,5 @@ def write(costs: list[Cost], path: Path) -> None:
         )
     else:
         content = table(costs)
-    path.write_text(content + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(content + "\n", encoding="utf-8")

@@ -1,13 +1,17 @@
 """Boxes with names, drawn into a picture."""
 
 import colorsys
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from pipeline.machine_errors import naming
 
 # Colours that stay apart for people who see few of them (Okabe and Ito's palette).
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
@@ -50,6 +54,18 @@ def with_boxes(image: Image.Image, labels: Sequence[Label]) -> Image.Image:
     letters = min(72, max(13, max(width, height) // 55))
     draw_labels(picture, [label.scaled(times) for label in labels], letters)
     return picture
+
+
+def save(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Writes a picture in the format that the ending of `path` says. Raises `OSError` naming
+    `path`.
+
+    By way of memory: Pillow does not notice that a disk takes a part of what it writes, and leaves
+    a picture that is cut off."""
+    encoded = io.BytesIO()
+    picture.save(encoded, Image.registered_extensions()[path.suffix.lower()], **options)
+    with naming(path):
+        path.write_bytes(encoded.getvalue())
 
 
 def draw_labels(image: Image.Image, labels: Sequence[Label], letters: int = 12) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.data.shards import ShardSet
+from pipeline.drawing import save
 from pipeline.error_analysis import KINDS, RIGHT, judge
 from pipeline.image_boxes import ImageBoxes
 
@@ -64,7 +65,7 @@ def draw_worst(
         sample = shards.read(index_of[image.image_id])
         path = folder / f"{rank:03d}-image-{image.image_id}.jpg"
         with Image.open(io.BytesIO(sample.image_bytes)) as opened:
-            draw_errors(opened.convert("RGB"), image, names).save(path, quality=88)
+            save(draw_errors(opened.convert("RGB"), image, names), path, quality=88)
         pictures.append(Picture(path, image.image_id, errors_of(image)))
     return pictures
 

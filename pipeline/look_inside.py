@@ -13,6 +13,7 @@ from pipeline.data.shards import ShardSet
 from pipeline.detected import Detected, best_objects
 from pipeline.errors import UserError
 from pipeline.figures import Picture, Points, draw_pixel_gradients, draw_sampling_points
+from pipeline.machine_errors import naming
 from pipeline.pixel_gradients import differentiable_outputs, gradient_norms
 from pipeline.predict import Detector
 from pipeline.sampling_points import Sampling, deformable_attention_of, sampling_recorded
@@ -60,7 +61,8 @@ def look_inside(
         for name, figure in drawn.items():
             output.mkdir(exist_ok=True)
             saved.append(output / f"{name}_{image_id}.png")
-            figure.savefig(saved[-1], bbox_inches="tight", pad_inches=0.06)
+            with naming(saved[-1]):
+                figure.savefig(saved[-1], bbox_inches="tight", pad_inches=0.06)
             tell(f"saved {saved[-1]}")
     if not saved:
         raise UserError(

@@ -2,6 +2,9 @@
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # `data_prep.machine_errors` has the same, because neither package may import the other.
 REMEDIES = {
@@ -22,6 +25,17 @@ REMEDIES = {
     errno.ESTALE: "the network file system was mounted anew; run the command again",
 }
 OURS = ("cuda_ops", "jobs", "model", "pipeline")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives `path` to an error of the system that names no file, as that of a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def in_a_line(error: BaseException) -> str | None:

@@ -16,9 +16,10 @@ from PIL import Image
 
 from pipeline.data.images import decode_as_shown
 from pipeline.data.labels import Labels
-from pipeline.drawing import Label, with_boxes
+from pipeline.drawing import Label, save, with_boxes
 from pipeline.errors import UserError
 from pipeline.image_files import ImageFiles
+from pipeline.machine_errors import naming
 from pipeline.predict import Detections
 
 COLUMNS = (
@@ -82,7 +83,7 @@ def writing(folder: Path, labels: Labels, info: dict[str, Any]) -> Iterator[Pred
     folder.mkdir(exist_ok=True)
     paths = [folder / "detections.json", folder / "detections.csv"]
     aside = [path.with_name(f"{path.name}.partial") for path in paths]
-    with _opened(aside[0], "w") as json_file, _opened(aside[1], "w") as csv_file:
+    with naming(folder), _opened(aside[0], "w") as json_file, _opened(aside[1], "w") as csv_file:
         categories = [
             {"id": category, "name": name}
             for category, name in zip(labels.category_of, labels.names, strict=True)
@@ -146,4 +147,4 @@ def save_picture(source: Path, output: Path, found: Detections, labels: Labels) 
         x0, y0, x1, y1 = box
         drawn.append(Label((x0, y0, x1, y1), column_of[category], f"{name} {score:.2f}"))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with_boxes(image, drawn).save(output, quality=90, compress_level=1)
+    save(with_boxes(image, drawn), output, quality=90, compress_level=1)

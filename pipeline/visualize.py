@@ -15,7 +15,7 @@ from pipeline.data.images import decode_image
 from pipeline.data.labels import Labels
 from pipeline.data.objects import objects
 from pipeline.data.shards import Sample, ShardSet
-from pipeline.drawing import Label, draw_labels, font_of
+from pipeline.drawing import Label, draw_labels, font_of, save
 
 TILE = 360  # pixels, longest side of one drawn image
 
@@ -70,7 +70,7 @@ def draw_images(
         tiles.append(_draw(sample, _truth(sample, labels), "ground truth"))
         title = f"score >= {threshold:g}" if predicted else f"none scores {threshold:g}"
         tiles.append(_draw(sample, predicted, title))
-    _sheet(tiles, columns=4 if len(indices) > 1 else 2).save(path)
+    save(_sheet(tiles, columns=4 if len(indices) > 1 else 2), path)
 
 
 def _truth(sample: Sample, labels: Labels) -> list[Label]:

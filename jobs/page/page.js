@@ -74,7 +74,8 @@ async function look(file) {
 }
 
 function show(file, answer) {
-  const { width, height, detections } = answer.images[0];
+  const { width, height, detections, damage } = answer.images[0];
+  if (damage) complain("the file is damaged, and what is found in it may be wrong");
   const image = $("image");
   URL.revokeObjectURL(image.src);
   image.onerror = () => complain("this browser cannot show such a file; what was found is listed");

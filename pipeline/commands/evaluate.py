@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from pipeline.cli import parse
 from pipeline.errors import UserError
+from pipeline.machine_errors import naming
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,8 @@ def run_evaluate(args: list[str]) -> None:
     best, more = found
     files = [f for f in (options.results, options.output and options.output / "results.json") if f]
     for file in files:  # at once: an analysis that fails does not take them along
-        file.write_text(json.dumps(best), encoding="utf-8")
+        with naming(file):
+            file.write_text(json.dumps(best), encoding="utf-8")
     if truth.anns:
         averaged = options.weights == "average" and detector.config.optimizer.ema_decay > 0
         tell(truth, best, more, shards, "average" if averaged else "plain", options)

@@ -2,17 +2,19 @@
 
 A shard is downloaded whole under another name, checked against its SHA-256, on the disk and then
 renamed, so that what bears a shard's name is whole. What is damaged all the same, by the disk or by
-others, is fetched again. fsspec reads every kind of storage, filelock keeps processes apart; both
-are the libraries that the machine learning tools around us use for it.
+others, is fetched again: a shard that was there before is compared once more when a run first opens
+it, because a JPEG may decode well and to other pixels. fsspec reads every kind of storage, filelock
+keeps processes apart; both are the libraries that the machine learning tools around us use for it.
 """
 
 import contextlib
 import hashlib
+import mmap
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,6 +81,16 @@ class ShardCache:
     """Of the manifest: `name`, `bytes`, `sha256`."""
     folder: Path
     most_bytes: int
+    _seen_whole: mmap.mmap = field(init=False, repr=False, compare=False)
+    """A byte for each shard, in memory that processes forked from this one share: not 0 where one
+    of them has compared its SHA-256."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_seen_whole", mmap.mmap(-1, max(1, len(self.shards))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is no fork has compared nothing yet.
+        return ShardCache, (self.url, self.digest, self.shards, self.folder, self.most_bytes)
 
     def open(self, shard: int) -> int:
         """A descriptor of the shard, which is downloaded if it is not there."""
@@ -87,8 +99,11 @@ class ShardCache:
         with FileLock(_lock_of(path)):
             if path.exists() and (size := path.stat().st_size) != self.shards[shard]["bytes"]:
                 _discard(path, _other_size(size, self.shards[shard]))
+            if not self._seen_whole[shard]:
+                self._discard_if_damaged(shard, path)
             if not path.exists():
                 self._download(shard, path)
+            self._seen_whole[shard] = 1
             os.utime(path)
             # Opened under the lock, without which it could be removed before.
             return os.open(path, os.O_RDONLY)
@@ -101,15 +116,18 @@ class ShardCache:
         """Removes a shard whose SHA-256 is not the manifest's; the next `open` fetches it."""
         path = self.path(shard)
         with FileLock(_lock_of(path)):
-            if path.exists():
-                with path.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != self.shards[shard]["sha256"]:
-                    _discard(path, _other_digest(found, self.shards[shard]))
+            self._discard_if_damaged(shard, path)
 
     def fetch(self, shard: int) -> None:
         """Has the shard in the folder, for a later `open`."""
         os.close(self.open(shard))
+
+    def _discard_if_damaged(self, shard: int, path: Path) -> None:
+        if path.exists():
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self.shards[shard]["sha256"]:
+                _discard(path, _other_digest(found, self.shards[shard]))
 
     def _download(self, shard: int, path: Path) -> None:
         url, partial = f"{self.url}/{path.name}", path.with_suffix(".partial")

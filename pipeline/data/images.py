@@ -49,7 +49,10 @@ def decode_image(
     """
     size = _plain_jpeg_size(data)
     if size is None:
-        return _by_pillow(data, needed)
+        decoded = _by_pillow(data, needed)
+        if warn and data[:2] == b"\xff\xd8" and (said := _pillow_kept_silent(data)):
+            warn(said)
+        return decoded
     height, width = size
     if height * width > MOST_PIXELS:
         raise ValueError(f"got {width}x{height} pixels, {_FEWER}")
@@ -119,6 +122,16 @@ def _beyond_warnings(
     if warn and _tells_damage(said, data):
         warn(said)
     return decoded
+
+
+def _pillow_kept_silent(data: bytes) -> str:
+    """What libjpeg warns of in a JPEG file of any channels, where it is of pixels; else nothing. At
+    an eighth of the size it reads all coded data, and saves the rest."""
+    try:
+        decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8)
+    except ValueError as error:
+        return str(error) if _tells_damage(str(error), data) else ""
+    return ""
 
 
 def _tells_damage(said: str, data: bytes) -> bool:

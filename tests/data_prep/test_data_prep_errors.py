@@ -201,6 +201,10 @@ GOOD_REST = '"annotations": [], "categories": [{"id": 1, "name": "a"}]'
             "two categories with id 1",
         ),
         ('{"images": ' + "[" * 100_000, "nested too deeply"),
+        (
+            "{" + GOOD_IMAGES + ', "info": ' + "[" * 700 + "]" * 700 + "," + GOOD_REST + "}",
+            "nested too deeply",
+        ),
         ('{"images": [{"id": ' + "1" * 5000 + "}]}", "digits"),
     ],
 )

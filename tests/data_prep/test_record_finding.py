@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import records
-from data_prep.checks import annotation_problems
+from data_prep.checks import annotation_problems, non_finite
 from data_prep.coco import read_coco
 from data_prep.parallel import worker_processes
 
@@ -124,6 +124,18 @@ def test_long_lists_must_be_json_though_they_are_skipped(tmp_path, numbers):
     path.write_text(f'{{"annotations": [{{"id": 1, "segmentation": [[{numbers}]]}}]}}')
     with pytest.raises(ValueError, match="is not valid JSON"):
         read_coco(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        ([10**400, -(10**400)], True), ([1, -(10**400), 0.5, 10**400], True),
+        ([[5, 10**400, -(10**400)]], True), ([2**1023, -(2**1023), True], False),
+        ([1e308, 1e308, -1e308], False), ([float("inf"), -float("inf")], True),
+    ],
+)  # fmt: skip
+def test_numbers_beyond_the_floats_do_not_cancel_out(value, wrong):
+    assert non_finite(value) == wrong
 
 
 def test_suspects_are_those_with_a_problem(tmp_path):

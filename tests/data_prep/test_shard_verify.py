@@ -68,6 +68,32 @@ def test_findings_in_the_data_are_no_damage(small):
     assert problem.kind not in DAMAGE
 
 
+def test_records_nested_more_deeply_than_convert_takes_are_findings(small):
+    content = small()
+    content["annotations"][0]["note"] = "x" * 1398
+    small.save(content)
+    convert(*small.arguments)
+    (shard,) = small.output.glob("*.tar")
+    note = b'"' + b"x" * 1398 + b'"'
+    assert note in shard.read_bytes()
+    shard.write_bytes(shard.read_bytes().replace(note, b"[" * 700 + b"]" * 700))
+    damage, found = verify(small.output)
+    assert (damage.kind, found.kind) == ("damaged shard", "damaged sample")
+    assert found.image_id == content["annotations"][0]["image_id"]
+    assert "nested too deeply" in found.detail
+
+
+def test_a_header_nested_more_deeply_than_convert_takes_is_refused(shards):
+    path = shards / "manifest.json"
+    content = json.loads(path.read_text())
+    content["header"]["info"] = json.loads("[" * 700 + "]" * 700)
+    digests = [shard["sha256"] for shard in content["shards"]]
+    content["digest"] = data_digest(content["header"], digests)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: it is nested too deeply"):
+        verify(shards)
+
+
 def test_decoding_finds_what_headers_do_not_show(small, encoded):
     small()
     png = bytearray(encoded(kind="PNG"))

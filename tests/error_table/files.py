@@ -70,9 +70,9 @@ def locked() -> None:
     without_privileges()
 
 
-def overwritten() -> None:
+def overwritten(start: int = 0) -> None:
     data = bytearray(SHARD.read_bytes())
-    data[:512] = b"x" * 512
+    data[start : start + 512] = b"x" * 512
     SHARD.write_bytes(data)
 
 
@@ -181,6 +181,9 @@ PATHS = [
     Mistake("the image folder of another split", CONVERT.replace("coco/train", "coco/annotations"),
             ("none of the 24 images", "is --images the right folder?"),
             "Give the folder that the file names start from.", tree(lambda c: None)),
+    Mistake("a folder of images that are all in subfolders",
+            "python -m pipeline predict run coco --output new",
+            ("folder 'coco': got no image", "--recursive takes the 32"), "Do as it says."),
     Mistake("figures into a file",
             "python -m pipeline visualize run --data shards/val --output run/best.json",
             ("got the file run/best.json", "expected a folder"), "Choose a folder.",
@@ -267,6 +270,9 @@ SHARDS = [
             ("no sample at byte", "copy it again or convert"), "Copy it again.", overwritten),
     Mistake("the same, found by verify", "python -m data_prep verify shards/val --workers 1",
             ("shards/val is damaged", "SHA-256"), "Copy it again.", overwritten),
+    Mistake("a picture in a shard whose bytes changed", VISUALIZE,
+            ("image 9000", "cannot be decoded", "expected a whole file"), "Copy the shard again.",
+            lambda: overwritten(514)),
     Mistake("train and val with different categories", TRAIN.replace("shards/val", "shards/other"),
             ("different categories", "same list"), "Convert both with one list.", other_categories),
     Mistake("data without a single annotation", TRAIN.replace("shards/val", "shards/empty"),
@@ -279,6 +285,10 @@ SHARDS = [
             TRAIN.replace("shards/train", "https://me:secret@host/train"),
             ("https://***@host/train", "got a user or password", "AWS_ACCESS_KEY_ID"),
             "Give it to the store's driver."),
+    Mistake("a file:// URL with the name of a machine",
+            TRAIN.replace("shards/train", "file://server/train"),
+            ("file://server/train", "got host 'server'", "expected none", "file:///PATH"),
+            "Mount it, and give its path here."),
     Mistake("a URL without its driver", TRAIN.replace("shards/train", "s3://bucket/train"),
             ("s3://bucket/train", "s3fs"), "pip install s3fs (gs://: gcsfs).", no_pauses),
     Mistake("a URL where nobody answers", TRAIN.replace("shards/train", "http://127.0.0.1:9/train"),

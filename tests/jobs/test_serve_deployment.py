@@ -1,17 +1,21 @@
 """What a replica does to images, and with a model that fails, without a cluster."""
 
+import asyncio
 import io
 import logging
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.serve_deployment import FAILURES, DetectorReplica, as_json, check_image
-from pipeline.predict import Detections
+from jobs.serve_deployment import FAILURES, DetectorReplica, Settings, as_json, check_image
+from pipeline.data.labels import Labels
+from pipeline.predict import Detections, Detector
+from tests.pipeline.made_up_detector import save_checkpoint
 
 
 def encoded(kind: str, size=(40, 30), mode="RGB", **options) -> bytes:
@@ -118,6 +122,32 @@ def test_only_the_image_at_fault_fails(replica, caplog):
     assert (good, other) == (images[0], images[2])
     assert isinstance(bad, RuntimeError)
     replica.check_health()
+
+
+def test_an_answer_tells_of_damage_that_can_be_read_past(replica, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "model.pt", Labels((1, 2), ("cat", "dog")))
+    replica.settings = Settings(str(tmp_path / "model.pt"), "cpu", "fp32", 1, 0.0, 50, 0)
+    replica.detector = Detector.load(replica.settings.checkpoint, "cpu", "fp32")
+    replica.decoders = ThreadPoolExecutor(1)
+
+    async def alone(image):  # batches are Ray Serve's
+        return replica._look([image])[0]
+
+    monkeypatch.setattr(DetectorReplica, "_together", staticmethod(alone))
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG")
+    whole = file.getvalue()
+    third = len(whole) // 3
+    damaged = whole[:third] + bytes(third) + whole[2 * third :]
+
+    async def both():
+        return [await replica(data, 0.0, 5) for data in (whole, damaged)]
+
+    good, bad = asyncio.run(both())
+    assert "damage" not in good
+    assert bad["damage"].startswith("Corrupt JPEG data: ")
+    assert len(good["detections"]) == len(bad["detections"]) == 5
 
 
 def test_a_model_that_fails_again_and_again_is_replaced(replica):

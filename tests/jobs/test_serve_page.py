@@ -22,8 +22,9 @@ FOUND = [
 async def detect(data, threshold, most):
     if data == b"not an image":
         return {"error": "not an image: expected JPEG, PNG, WebP, GIF, BMP or TIFF"}
+    damage = {"damage": "Corrupt JPEG data"} if data.endswith(b"damaged") else {}
     kept = [one for one in FOUND if one["score"] >= threshold]
-    return {"width": WIDTH, "height": HEIGHT, "detections": kept, "batch": 1}
+    return {"width": WIDTH, "height": HEIGHT, "detections": kept, **damage, "batch": 1}
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,18 @@ def test_errors_are_sentences(page, tmp_path, picture, name, content, said):
     page.choose("#file", picture)  # and a good one mends it
     seen(page)
     assert page.run("error.hidden")
+
+
+def test_damage_is_told_beside_what_is_found(page, tmp_path, picture):
+    (tmp_path / "damaged.png").write_bytes(picture.read_bytes() + b"damaged")
+    page.choose("#file", tmp_path / "damaged.png")
+    seen(page)
+    assert not page.run("error.hidden")
+    told = "The file is damaged, and what is found in it may be wrong."
+    assert page.run("error.textContent") == told
+    page.choose("#file", picture)
+    page.wait("error.hidden")
+    seen(page)
 
 
 def test_a_service_that_is_gone_is_told(tab, picture):

@@ -16,9 +16,9 @@ PICTURE = Image.fromarray(
 ).resize((320, 240))
 
 
-def jpeg(**options) -> bytes:
+def jpeg(mode: str = "RGB", **options) -> bytes:
     file = io.BytesIO()
-    PICTURE.save(file, "JPEG", quality=90, **options)
+    PICTURE.convert(mode).save(file, "JPEG", quality=90, **options)
     return file.getvalue()
 
 
@@ -48,6 +48,19 @@ def test_damaged_data_gives_pillows_pixels_and_libjpegs_words(kind):
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
     assert not np.array_equal(image.numpy(), decode_image(whole, warn=told.append)[0].numpy())
     assert len(told) == 1  # nothing of the whole one
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("needed", [None, (60, 80)])
+def test_damage_of_a_cmyk_file_is_told_too(progressive, needed):
+    whole, told = jpeg("CMYK", progressive=progressive), []
+    decode_image(whole, needed, told.append)
+    decode_image(whole + b"behind the end", needed, told.append)
+    assert not told
+    image, height, width = decode_image(zeroed(whole), needed, told.append)
+    assert (image.shape[1:], height, width) == (needed or (240, 320), 240, 320)
+    assert len(told) == 1
+    assert told[0].startswith("Corrupt JPEG data: ")
 
 
 @pytest.mark.parametrize("kind", KINDS)

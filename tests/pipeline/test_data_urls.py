@@ -18,7 +18,7 @@ from data_prep.cli import main as data_prep_main
 from data_prep.storage import folder_at
 from jobs.__main__ import COMMANDS as JOBS
 from pipeline.__main__ import COMMANDS
-from pipeline.cli import main
+from pipeline.cli import Command, main
 from pipeline.data import cache
 from pipeline.data.labels import Labels
 from pipeline.data.shards import ShardSet
@@ -36,10 +36,13 @@ BAD = [
     f"simplecache::https://{USER}:{SECRET}@127.0.0.1:9/x",
     f"https://127.0.0.1:9/x?sv=1&sig={SECRET}",
     f"https://127.0.0.1:9/x.json?X-Amz-Signature={SECRET}/y",
+    f"https://127.0.0.1:9/file:///x?sig={SECRET}",
+    f"profile://bucket/x?sig={SECRET}",
 ]
 GOOD = [
     "https://127.0.0.1:9/x", "https://[::1]:9/x", "s3://bucket/data@v2/train", "gs://b/a:b",
     "https://host:8080/data@v2", "file:///data/x", "memory://train", "/data/me@work?/x", "me@host",
+    "file:///data/x?y#z", "local:///data/x?y", "file://localhost/data/x?y",
 ]  # fmt: skip
 
 
@@ -141,6 +144,42 @@ def test_a_drivers_signed_address_is_not_told(tmp_path, monkeypatch):
         with pytest.raises(ConnectionError, match=r"500.*\?\*\*\*") as failed:
             folder_at(f"{url}/train").read("manifest.json")
         assert SECRET not in str(failed.value)
+
+
+class Broken(Signing):
+    """The signed address is none."""
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", f"http://[/x?X-Amz-Signature={SECRET}")
+        self.end_headers()
+
+
+@pytest.mark.parametrize("debug", [["--debug"], []])
+def test_neither_a_drivers_own_error_nor_its_traceback_tells_one(
+    tmp_path, monkeypatch, capsys, debug
+):
+    monkeypatch.delenv("DETR_DEBUG", raising=False)
+    with served(Broken, tmp_path) as url:
+        assert data_prep_main(["verify", f"{url}/train", *debug]) == 2
+    err = capsys.readouterr().err
+    assert ("Traceback" in err) == bool(debug)
+    assert "http://[/x?***" in err
+    assert SECRET not in err
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_no_traceback_of_the_pipeline_tells_one(monkeypatch, capsys, error):
+    monkeypatch.setenv("DETR_DEBUG", "1")
+
+    def fail(args: list[str]) -> None:
+        raise error(f"500, url='{BAD[6]}'")
+
+    main("python -m pipeline", "", {"fail": Command(fail, "")}, ["fail"])
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert f"500, url='{BAD[6].partition('?')[0]}?***'" in err
+    assert SECRET not in err
 
 
 def test_an_http_server_gets_its_password_from_netrc(drawn, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -201,6 +202,18 @@ def test_what_is_there_is_not_overwritten(drawn, run, written, tmp_path, capsys)
         assert words in said
     assert (written / "evaluation.html").read_bytes() == before
     assert (tmp_path / "results.json").read_text() == "[]"
+
+
+def test_a_result_file_that_does_not_fit_on_the_disk_is_named(drawn, run, tmp_path, capsys):
+    """The limit on the size of files stands for the end of the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        file = tmp_path / "found.json"
+        assert evaluate(run, "--data", drawn.shards / "val", "--results", file) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"error: {file}: File too large; " in capsys.readouterr().err
 
 
 def test_plain_weights(drawn, run, written, tmp_path, capsys):

@@ -4,6 +4,7 @@ cannot be read is told, and nothing is mixed up."""
 import csv
 import json
 import os
+import resource
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,24 @@ def photos(tmp_path_factory) -> Path:
 def predict(*arguments: object) -> int:
     given = ["predict", *map(str, arguments), "--device", "cpu"]
     return main("python -m pipeline", "", COMMANDS, given)
+
+
+@pytest.mark.parametrize(("most", "named"), [(100, ""), (2000, "/pictures/large.jpg")])
+def test_what_does_not_fit_on_the_disk_is_named(checkpoint, tmp_path, capsys, most, named):
+    """The limit on the size of files stands for the end of the disk."""
+    image(1, 600, 800).save(tmp_path / "large.jpg")
+    out = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        drawn = "--pictures" if named else "--no-pictures"
+        given = (tmp_path / "large.jpg", "--output", out, "--threshold", 1, drawn)
+        status = predict(checkpoint, *given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {out}{named}: File too large; ")
 
 
 def test_an_interrupted_prediction_ends_and_leaves_nothing_that_looks_whole(

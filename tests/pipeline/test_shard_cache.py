@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import multiprocessing
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import ClassVar
 
 import fsspec
+import numpy as np
 import pytest
+import torch
 from filelock import FileLock, Timeout
 
 from pipeline.config import DataConfig
 from pipeline.data import cache as cache_module
 from pipeline.data.cache import ShardCache
+from pipeline.data.images import decode_image
 from pipeline.data.labels import build_labels
 from pipeline.data.loader import evaluation_batches, fetching, training_steps
 from pipeline.data.order import Stream
@@ -220,6 +224,55 @@ def test_a_cached_shard_of_another_size_is_fetched_again(drawn, memory, tmp_path
     assert contents(ShardSet("memory://train", str(tmp_path))) == expected
     said = f"got {len(left)} bytes, expected {size} as its manifest says; it is fetched again"
     assert capfd.readouterr().err == f"{damaged}: {said}\n"
+
+
+def flip(file: Path, at: int) -> None:
+    """One bit, as a disk may: the time of the file stays what it was."""
+    status = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        (byte,) = opened.read(1)
+        opened.seek(at)
+        opened.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_cached_shard_that_decodes_to_other_pixels_is_fetched_again(
+    drawn, memory, tmp_path, capfd
+):
+    upload(memory, drawn.shards / "train", "/train")
+    local = ShardSet(drawn.shards / "train")
+    expected = contents(local)
+    assert contents(ShardSet("memory://train", str(tmp_path))) == expected
+    damaged = tars(tmp_path)[1]
+    first = int(np.searchsorted(local.shard, 1))
+    image = local.read(first).image_bytes
+    flip(damaged, 512 + image.rindex(b"\xff\xda") + 40)
+    with damaged.open("rb") as file:
+        file.seek(512)
+        other = decode_image(file.read(len(image)))[0]
+    assert not torch.equal(other, decode_image(image)[0])
+    capfd.readouterr()
+    for _ in range(2):
+        assert contents(ShardSet("memory://train", str(tmp_path))) == expected
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith(f"{damaged}: got SHA-256 ")
+
+
+def test_a_run_compares_a_shard_once_for_all_its_workers(drawn, memory, tmp_path):
+    upload(memory, drawn.shards / "train", "/train")
+    shards = ShardSet("memory://train", str(tmp_path))
+    expected = contents(shards)
+    again = ShardSet("memory://train", str(tmp_path))
+    elsewhere = pickle.loads(pickle.dumps(again))  # no fork
+    context = multiprocessing.get_context("fork")
+    worker = context.Process(target=contents, args=(again,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
+    flip(tars(tmp_path)[0], 512 + 20)
+    assert contents(again) != expected  # as a worker has seen it whole
+    assert contents(elsewhere) == expected
 
 
 @pytest.mark.parametrize("member", [512, 0])  # the picture; the header before it

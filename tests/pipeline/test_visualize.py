@@ -409,6 +409,17 @@ def test_pictures_of_the_images_asked_for(shards, tmp_path, capsys):
         assert len(set(picture.convert("RGB").resize((64, 64)).getdata())) > 100
 
 
+@pytest.mark.parametrize("name", ["predictions.png", "pixel_gradients_900001.png"])
+def test_a_picture_that_does_not_fit_on_the_disk_is_named(shards, tmp_path, capsys, name):
+    save_checkpoint("demo", shards, tmp_path / "model.pt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to("/dev/full")
+    given = ("--data", shards.folder, "--output", tmp_path / "out", "--image-ids", 900001)
+    assert visualize(tmp_path / "model.pt", *given, "--threshold", 0, "--device", "cpu") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'out' / name}: No space left on device; ")
+
+
 def test_detr_has_gradients_but_no_sampling_points(shards, tmp_path):
     said, saved = looked_inside("detr_r50_demo", shards, tmp_path)
     assert saved == ["pixel", "predictions.png"]
