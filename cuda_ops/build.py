@@ -70,6 +70,8 @@ def build(cpu_only: bool = False, force: bool = False) -> list[Built]:
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
     with _lock(FOLDER / "lock"):
+        for left in FOLDER.glob("*-*/"):  # by a build that was killed; jobs would take it along
+            shutil.rmtree(left, ignore_errors=True)
         built = [_build_cpu(force)]
         if torch.version.cuda is not None and not cpu_only:
             built.append(_build_cuda(force))

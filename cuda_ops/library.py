@@ -52,13 +52,16 @@ def load(device: str) -> None:
     path = library_path(device)
     if not path.exists() or not stamp_path(device).exists():
         raise ImportError(f"the {device} operators are not built (no {path}); {REMEDY}")
-    record = json.loads(stamp_path(device).read_text())
+    written = stamp_path(device).read_text()
+    record = json.loads(written)
     if record["sources"] != sources_digest(device):
         raise ImportError(
             f"{path} was built from other sources than those in {SOURCES}; re{REMEDY}"
         )
     # Loading a file that a copy left incomplete would end the process, not raise.
     if record["library"] != file_digest(path):
+        if stamp_path(device).read_text() != written:  # a build has put both there meanwhile
+            return load(device)
         raise ImportError(f"{path} is not the file that was built, a torn copy?; re{REMEDY}")
     try:
         torch.ops.load_library(path)

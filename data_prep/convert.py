@@ -4,7 +4,6 @@ Read the annotation file, make a plan, write every shard as one task, and the ma
 is finished survives an interruption: `STATE` in the output holds it until the manifest is there.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from data_prep.checks import Problem, read_report, report
 from data_prep.coco import CocoFile, category_ids, read_coco
+from data_prep.hold import held
 from data_prep.manifest import NAME, Manifest, data_digest, read_manifest, write_manifest
 from data_prep.parallel import OrderedMap, worker_processes
 from data_prep.plan import Limits, plan_shards, shard_tasks
@@ -222,11 +222,9 @@ def _locked(output: Folder) -> Iterator[None]:
     if not isinstance(output, LocalFolder):
         yield
         return
-    state = output.path / STATE
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(held(output.path / STATE, wait=False))
         except BlockingIOError:
             raise ValueError(
                 f"another conversion is writing to {output}; wait for it or stop it"

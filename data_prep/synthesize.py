@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.drawing import SHAPES, DrawnObject, Mask, draw_picture
+from data_prep.hold import held
 from data_prep.parallel import ordered_map
 
 # Gaps between the ids, as in COCO itself, so that label mapping is exercised.
@@ -51,25 +52,42 @@ def synthesize(output: Path, train: int, val: int, seed: int, workers: int) -> b
         "version": "1",
         "contents": {"seed": seed, "train": train, "val": val},
     }
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if _info(output) == info:
-            return False
-        raise ValueError(
-            f"{output} already holds something else; choose another --output or remove it"
-        )
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "annotations").mkdir(parents=True)
+    if not _is_free(output, info):
+        return False
+    state = output.with_name(f".{output.name}.partial")
+    with held(state, wait=True):
+        drawn = _is_free(output, info)  # else by who was waited for
+        if drawn:
+            shutil.rmtree(state / "set", ignore_errors=True)  # of a killed process
+            _draw(state / "set", info, workers)
+            os.replace(state / "set", output)
+    # Network file systems keep a folder in which a file is open, as the lock was.
+    shutil.rmtree(state, ignore_errors=True)
+    return drawn
+
+
+def _is_free(output: Path, info: dict[str, Any]) -> bool:
+    """Whether there is nothing; False where it is this very set."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return True
+    if _info(output) == info:
+        return False
+    raise ValueError(f"{output} already holds something else; choose another --output or remove it")
+
+
+def _draw(folder: Path, info: dict[str, Any], workers: int) -> None:
+    counts = {split: info["contents"][split] for split in SPLITS}
+    (folder / "annotations").mkdir(parents=True)
     chunks = []
-    for split, count in zip(SPLITS, (train, val), strict=True):
-        (partial / split).mkdir()
+    for split, count in counts.items():
+        (folder / split).mkdir()
         chunks += [
-            _Chunk(partial / split, split, seed, range(start, min(start + CHUNK, count)))
-            for start in range(0, count, CHUNK)
+            _Chunk(folder / split, split, info["contents"]["seed"], range(i, min(i + CHUNK, count)))
+            for i in range(0, count, CHUNK)
         ]
     images: dict[str, list[Any]] = {split: [] for split in SPLITS}
     annotations: dict[str, list[Any]] = {split: [] for split in SPLITS}
-    with tqdm(total=train + val, desc="draw", unit="image", disable=None) as bar:
+    with tqdm(total=sum(counts.values()), desc="draw", unit="image", disable=None) as bar:
         results = ordered_map(_draw_chunk, chunks, min(workers, len(chunks)))
         for chunk, result in zip(chunks, results, strict=True):
             for image, drawn in result:
@@ -89,9 +107,7 @@ def synthesize(output: Path, train: int, val: int, seed: int, workers: int) -> b
                 for shape, number in CATEGORY_IDS.items()
             ],
         }
-        (partial / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    os.replace(partial, output)
-    return True
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
 def _info(output: Path) -> Any:

@@ -34,7 +34,9 @@ from jobs.spec import JobSpec
 from jobs.submit import connect
 from pipeline.cli import parse
 from pipeline.errors import UserError
+from pipeline.whole_file import PARTIAL
 
+LOCK = "lock"  # in a grid's folder
 # Seconds that a cluster may not answer: one elsewhere may be restarted, or the network be away.
 PATIENCE, LOCAL_PATIENCE = 600.0, 60.0
 
@@ -79,7 +81,7 @@ def run_grid(args: list[str]) -> None:
 
 def require_same_grid(folder: Path, name: str) -> None:
     """Raises `UserError` where the folder holds another grid, or something else."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(map(_counts, folder.iterdir()))):
         if not (folder / "grid.json").is_file():
             raise UserError(f"--output {folder} holds something else; choose a new or empty folder")
         there = read_grid(folder)["name"]
@@ -87,6 +89,11 @@ def require_same_grid(folder: Path, name: str) -> None:
             raise UserError(
                 f"--output {folder} has the grid {there!r}, expected {name!r} or a new folder"
             )
+
+
+def _counts(path: Path) -> bool:
+    """Whether it is more than a command leaves that has begun, or was killed, before grid.json."""
+    return path.name != LOCK and path.suffix != PARTIAL
 
 
 def plan(folder: Path, wanted: list[Entry], options: GridOptions) -> None:
@@ -127,6 +134,7 @@ def train(
     require_data(wanted, options)  # before Ray is started
     with ExitStack() as stack:
         stack.enter_context(sole(folder))
+        require_same_grid(folder, called(grid, options))  # another command may have ended since
         write_grid(folder, called(grid, options), grid.baseline, wanted, args)
         found = looked(folder, wanted, options, band)
         todo = []
@@ -199,7 +207,7 @@ def require_data(wanted: list[Entry], options: GridOptions) -> None:
 def sole(folder: Path) -> Any:
     """Keeps a second command out of the grid."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / LOCK)
     try:
         return lock.acquire(timeout=0)
     except Timeout:

@@ -70,10 +70,10 @@ class Record:
     @staticmethod
     def read(grid: Path, run: str) -> "Record":
         path = grid / "records" / f"{run}.json"
-        if not path.exists():
-            return Record()
         try:
             return Record(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return Record()
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); without it attempts are counted anew: remove it"
@@ -112,9 +112,9 @@ def progress(folder: Path) -> RunProgress:
     path = folder / "metrics.jsonl"
     try:
         found = path.stat()
-    except FileNotFoundError:
+        return _progress(path, found.st_mtime_ns, found.st_size)
+    except FileNotFoundError:  # it has not begun, or is being set aside
         return RunProgress()
-    return _progress(path, found.st_mtime_ns, found.st_size)
 
 
 @lru_cache(maxsize=1000)  # a grid's command looks every two seconds, also at runs that stand still

@@ -104,10 +104,14 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Returns when nothing is being written. Raises what went wrong in writing."""
+        self.end()
+        self.raise_failure()
+
+    def end(self) -> None:
+        """Returns when nothing is being written."""
         if self._thread is not None:
             self._thread.join()
         self._thread = None
-        self.raise_failure()
 
     def raise_failure(self) -> None:
         """Raises what went wrong in writing, if anything has by now."""

@@ -126,14 +126,18 @@ def take_over(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 def _search(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest intact checkpoint, and each newer one with what is wrong with it."""
-    passed_over: list[tuple[Path, str]] = []
-    for step in reversed(checkpoint_steps(folder)):
-        path = checkpoint_path(folder, step)
-        problem = check(path)
-        if problem is None:
-            return path, passed_over
-        passed_over.append((path, problem))
-    return None, passed_over
+    steps = checkpoint_steps(folder)
+    while True:
+        passed_over: list[tuple[Path, str]] = []
+        for step in reversed(steps):
+            path = checkpoint_path(folder, step)
+            problem = check(path)
+            if problem is None:
+                return path, passed_over
+            passed_over.append((path, problem))
+        before, steps = steps, checkpoint_steps(folder)
+        if steps == before:  # else a training has removed them for newer ones
+            return None, passed_over
 
 
 def check(path: Path) -> str | None:
@@ -194,11 +198,15 @@ def load_model(path: Path) -> dict[str, Any]:
     `path` may be the checkpoint, the file itself, or a run folder (its best, else its newest).
     Raises `UserError` when there is none.
     """
-    file = path
     if (path / "checkpoints").is_dir():
-        file = _best_or_newest(path)
-    if file.is_dir():
-        file = file / "model.pt"
+        chosen = _best_or_newest(path)
+        try:
+            return load_model(chosen)
+        except UserError:
+            if (chosen / "model.pt").exists():
+                raise
+            return load_model(path)  # a training has removed it for a newer one
+    file = path / "model.pt" if path.is_dir() else path
     if not file.exists() and (path / "config.json").is_file():
         raise UserError(
             f"run folder {path} has no checkpoint yet; training writes one at the end of each "
@@ -265,13 +273,15 @@ def _misshapen(content: dict[str, Any]) -> str:
 
 def _best_or_newest(run: Path) -> Path:
     """The best checkpoint of a run folder, the newest where there is no best that is intact."""
-    best, said = run / "best.json", ""
-    if best.exists():
-        path = run / "checkpoints" / _named_best(best)
+    name, said = _named_best(run / "best.json"), ""
+    while name and not said:
+        path = run / "checkpoints" / name
         problem = check(path)
         if problem is None:
             return path
-        said = f"the best checkpoint {path.name} is passed over: {problem}"
+        before, name = name, _named_best(run / "best.json")
+        if name == before:  # else a training has removed it for a better one
+            said = f"the best checkpoint {path.name} is passed over: {problem}"
     newest = newest_intact(run, lambda _: None)
     if newest is None:
         raise UserError(f"run folder {run} holds no intact checkpoint" + (said and f"; {said}"))
@@ -281,9 +291,11 @@ def _best_or_newest(run: Path) -> Path:
 
 
 def _named_best(file: Path) -> str:
-    """The checkpoint that best.json names."""
+    """The checkpoint that best.json names; empty where there is no such file."""
     try:
         name = json.loads(file.read_text(encoding="utf-8"))["checkpoint"]
+    except FileNotFoundError:
+        return ""
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} is damaged ({type(error).__name__}: {error}); give a checkpoint itself, such "

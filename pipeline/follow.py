@@ -1,5 +1,6 @@
 """New lines of a run's metrics file as they are written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ class Tail:
 
     def new_lines(self) -> list[dict[str, Any]]:
         """Whole lines since the last call; a line still being written is left for the next."""
-        if not self.path.exists():
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
             return []
-        with self.path.open("rb") as file:
-            inode = self.path.stat().st_ino
+        with file:
+            inode = os.fstat(file.fileno()).st_ino  # not of the path, which may be another by now
             if inode != self.inode:
                 self.position, self.inode = 0, inode
             file.seek(self.position)

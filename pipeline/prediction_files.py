@@ -83,7 +83,14 @@ def writing(folder: Path, labels: Labels, info: dict[str, Any]) -> Iterator[Pred
     folder.mkdir(exist_ok=True)
     paths = [folder / "detections.json", folder / "detections.csv"]
     aside = [path.with_name(f"{path.name}.partial") for path in paths]
-    with naming(folder), _opened(aside[0], "w") as json_file, _opened(aside[1], "w") as csv_file:
+    try:
+        json_file = _opened(aside[0], "x")
+    except FileExistsError:
+        raise UserError(
+            f"--output: got {folder}, to which another command has begun to write, expected a new "
+            f"folder or an empty one; give another"
+        ) from None
+    with naming(folder), json_file, _opened(aside[1], "w") as csv_file:
         categories = [
             {"id": category, "name": name}
             for category, name in zip(labels.category_of, labels.names, strict=True)

@@ -81,22 +81,27 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
         dist.barrier()
         set_determinism(config.engine.deterministic)
         kept, best = kept_steps(config, dataset), partial(publish_best, folder)
-        yield Run(
-            config=config,
-            folder=folder,
-            dataset=dataset,
-            state=new_state(config, model.to(device), epoch_steps),
-            criterion=build_criterion(config.model).to(device),
-            device=device,
-            log=MetricsLog(folder),
-            checkpoints=CheckpointWriter(folder, config, dataset.labels, kept, best),
-            request=request,
-            initial=initial,
-            truth=ground_truth(dataset.val) if rank == 0 else None,
-            steps_per_epoch=epoch_steps,
-            rank=rank,
-            world=world,
-        )
+        checkpoints = CheckpointWriter(folder, config, dataset.labels, kept, best)
+        try:
+            yield Run(
+                config=config,
+                folder=folder,
+                dataset=dataset,
+                state=new_state(config, model.to(device), epoch_steps),
+                criterion=build_criterion(config.model).to(device),
+                device=device,
+                log=MetricsLog(folder),
+                checkpoints=checkpoints,
+                request=request,
+                initial=initial,
+                truth=ground_truth(dataset.val) if rank == 0 else None,
+                steps_per_epoch=epoch_steps,
+                rank=rank,
+                world=world,
+            )
+        finally:
+            # While the folder is held: it would remove checkpoints that the next training needs.
+            checkpoints.end()
 
 
 def new_state(config: RunConfig, model: nn.Module, epoch_steps: float) -> State:

@@ -68,6 +68,8 @@ def run_evaluate(args: list[str]) -> None:
     truth = ground_truth(shards)
     check_objects(truth, options)
     rank, world = join_group(detector.device)
+    if world > 1:
+        share_weights(detector)
     if rank == 0 and options.output:
         options.output.mkdir(exist_ok=True)
     with naming_checkpoint(options.checkpoint):
@@ -134,6 +136,15 @@ def join_group(device: "torch.device") -> tuple[int, int]:
     from pipeline.engine import start_process_group
 
     return start_process_group(device)
+
+
+def share_weights(detector: "Detector") -> None:
+    """Gives every process those of process 0 (collective): the run may be training, and have had
+    another best checkpoint when this one looked."""
+    import torch.distributed as dist
+
+    for tensor in detector.model.state_dict().values():
+        dist.broadcast(tensor, src=0)
 
 
 def detected(

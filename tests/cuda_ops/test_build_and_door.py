@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,49 @@ def test_torn_library_is_refused(bare: Path) -> None:
     done = python(bare, "-c", "import cuda_ops.ops")
     assert done.returncode == 1
     assert "is not the file that was built" in done.stderr.splitlines()[-1]
+
+
+def test_library_that_is_built_anew_while_it_is_checked_is_loaded(bare: Path) -> None:
+    copy_products(bare)
+    program = """
+import json, os
+import torch
+from cuda_ops import library
+path, stamp, digest = library.library_path("cpu"), library.stamp_path("cpu"), library.file_digest
+def built_meanwhile(file):
+    library.file_digest = digest
+    new = path.with_suffix(".new")
+    new.write_bytes(path.read_bytes() + b"another")
+    record = json.loads(stamp.read_text()) | {"library": digest(new)}
+    os.replace(new, path)
+    new.write_text(json.dumps(record))
+    os.replace(new, stamp)
+    return digest(file)
+library.file_digest = built_meanwhile
+library.load("cpu")
+print(str(path) in torch.ops.loaded_libraries)
+"""
+    done = python(bare, "-c", program)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_what_a_killed_build_left_is_removed(bare: Path) -> None:
+    line = f'[ "$1" = --version ] && exec $real --version; touch {bare}/compiling; sleep 60'
+    environment = {**os.environ, "PYTHONPATH": str(bare), "CXX": compiler_script(bare, line)}
+    command = [sys.executable, "-m", "cuda_ops", "build", "--cpu-only"]
+    process = subprocess.Popen(command, cwd=bare, env=environment, start_new_session=True)
+    while not (bare / "compiling").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    folder = bare / ".build" / "cuda_ops"
+    assert list(folder.glob("cpu-*"))
+    line = '[ "$1" = --version ] && exec $real --version; touch "${@: -1}"'
+    done = python(bare, "-m", "cuda_ops", "build", "--cpu-only", CXX=compiler_script(bare, line))
+    assert done.returncode == 0, done.stderr
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"libcuda_ops_cpu.so", "cpu.json", "lock"}
 
 
 def test_library_that_does_not_load_is_an_import_error(bare: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+import data_prep.synthesize
 from data_prep.drawing import LEAST_VISIBLE, draw_picture
 from data_prep.synthesize import run_lengths, synthesize
 
@@ -149,3 +151,24 @@ def test_again_is_a_no_op_and_other_contents_are_refused(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
     with pytest.raises(ValueError, match="train must be in"):
         synthesize(tmp_path / "none", 0, 2, 0, 1)
+
+
+def test_of_two_at_once_the_second_waits_and_finds_it_drawn(tmp_path, monkeypatch):
+    """As two grids at demo scale begin."""
+    folder, alone, drawn = tmp_path / "set", tmp_path / "alone", []
+    draw = data_prep.synthesize.ordered_map
+    second = Thread(target=lambda: drawn.append(synthesize(folder, 60, 2, 0, 1)))
+
+    def beside_another(*arguments):
+        monkeypatch.undo()
+        second.start()
+        second.join(1.0)  # long enough to draw it all, in the same place
+        return draw(*arguments)
+
+    monkeypatch.setattr(data_prep.synthesize, "ordered_map", beside_another)
+    assert synthesize(folder, 60, 2, 0, 1)
+    second.join()
+    assert drawn == [False]
+    assert synthesize(alone, 60, 2, 0, 1)
+    assert files(folder) == files(alone)
+    assert sorted(tmp_path.iterdir()) == [alone, folder]

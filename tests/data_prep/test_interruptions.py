@@ -65,6 +65,21 @@ def test_a_conversion_that_ends_while_another_reads_is_not_overwritten(
     assert contents(small.output) == whole
 
 
+def test_a_conversion_that_ends_as_another_begins_leaves_it_a_folder(small, monkeypatch, whole):
+    """It removes what it kept of itself, just as the other has made sure that this is there."""
+    opened = Path.open
+
+    def too_late(path, *arguments, **options):
+        if path == small.output / ".convert" / "lock":
+            monkeypatch.undo()
+            convert(*small.arguments, samples_per_shard=3)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", too_late)
+    assert not convert(*small.arguments, samples_per_shard=3).fresh
+    assert contents(small.output) == whole
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_image_that_vanishes_stops_the_conversion(small, before_writing, whole, workers):
     picture = small.images / "4.jpg"

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,20 @@ from jobs import grid_run, grid_state
 from jobs.grid import Cell, Grid, entries
 from jobs.grid_command import run_grid, sole, write_grid
 from jobs.grid_plan import Measured, Planned, finish, report
-from jobs.grid_state import CHANGED, DONE, FAILED, NOT_BEGUN, RESUME, Code, Record, look, progress
+from jobs.grid_state import (
+    CHANGED,
+    DONE,
+    FAILED,
+    NOT_BEGUN,
+    RESUME,
+    STOPPED,
+    Code,
+    Record,
+    RunProgress,
+    look,
+    progress,
+    set_aside,
+)
 from jobs.grid_status import duration, rows, status
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
@@ -77,6 +91,27 @@ def test_a_damaged_record_is_named(tmp_path):
         (tmp_path / "records" / "a-seed42.json").write_text(text)
         with pytest.raises(UserError, match=r"a-seed42\.json cannot be read"):
             Record.read(tmp_path, "a-seed42")
+
+
+@pytest.mark.parametrize("reading", ["read_text", "read_bytes"])
+def test_a_run_that_is_set_aside_while_it_is_looked_at_has_not_begun(
+    tmp_path, monkeypatch, reading
+):
+    """As `jobs status --watch` may meet it: at its record, or at its metrics."""
+    (entry,) = grid_of("a")
+    pretend(tmp_path / entry.folder, entry.config, 2)
+    Record(1, STOPPED).write(tmp_path, entry.run)
+    read = getattr(Path, reading)
+
+    def too_late(path):
+        monkeypatch.undo()
+        set_aside(tmp_path, entry)
+        return read(path)
+
+    monkeypatch.setattr(Path, reading, lambda path, **_: too_late(path))
+    if reading == "read_text":
+        assert Record.read(tmp_path, entry.run) == Record()
+    assert progress(tmp_path / entry.folder) == RunProgress()
 
 
 def test_other_code_is_told_and_trained_anew_only_when_asked(tmp_path):

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from jobs import grid_command
 from jobs.__main__ import run_status
 from jobs.family_grid import family
 from jobs.grid import Cell, Grid, changed, differences, entries, leaves, name_of, runs
 from jobs.grid_augmented import sides
-from jobs.grid_command import run_grid
+from jobs.grid_command import require_same_grid, run_grid, sole
 from jobs.grid_file import find_grid
 from jobs.grid_options import GridData, GridOptions, common
+from jobs.grid_state import write_json
 from jobs.papers_grids import PAPERS_GRIDS, figure3, table1, table2, table3
 from jobs.published import tables
 from jobs.recipe12_grid import recipe12
@@ -432,6 +434,30 @@ def test_a_folder_of_another_grid_is_refused(tmp_path):
     (tmp_path / "grid.json").write_text(json.dumps({"name": "table1", "cells": []}))
     with pytest.raises(UserError, match="has the grid 'table1', expected 'table2'"):
         run_grid(["table2", "--dry-run", "--output", str(tmp_path)])
+
+
+def test_a_grid_that_is_only_being_begun_is_not_something_else(tmp_path):
+    """Or was killed before it had a grid.json: the same command goes on."""
+    (tmp_path / "grid.json.7-0.tmp").write_text("{")
+    with sole(tmp_path):
+        require_same_grid(tmp_path, "table2")
+        with pytest.raises(UserError, match="is being run by another command"):
+            sole(tmp_path)
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        require_same_grid(tmp_path, "table2")
+
+
+def test_a_folder_that_another_grid_took_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    folder = tmp_path / "grid"
+
+    def another_ends(*_):
+        write_json(folder / "grid.json", {"name": "table1", "cells": []})
+
+    monkeypatch.setattr(grid_command, "require_data", another_ends)
+    monkeypatch.setattr(grid_command, "write_grid", lambda *_: pytest.fail("overwritten"))
+    with pytest.raises(UserError, match="has the grid 'table1', expected 'table2'"):
+        run_grid(["table2", "--data.train", "a", "--data.val", "b", "--output", str(folder)])
 
 
 def test_every_cell_gets_the_data_and_its_backbones_weights(tmp_path, monkeypatch):

@@ -97,6 +97,24 @@ def test_a_tail_gives_whole_lines_and_starts_anew_after_a_rewind(tmp_path):
     assert [x["step"] for x in tail.new_lines()] == [1, 2]
 
 
+def test_a_tail_of_what_is_replaced_as_it_is_opened_starts_anew(tmp_path, monkeypatch):
+    log, opened = MetricsLog(tmp_path), Path.open
+    for step in (1, 2, 3):
+        log.write("train", step, step / 10, loss=1.0)
+
+    def resumed_meanwhile(*arguments):
+        file = opened(*arguments)
+        monkeypatch.undo()
+        log.rewind(1, 0)
+        log.write("train", 2, 0.2, loss=2.0)
+        return file
+
+    tail = Tail(log.path)
+    monkeypatch.setattr(Path, "open", resumed_meanwhile)
+    assert [x["step"] for x in tail.new_lines()] == [1, 2, 3]
+    assert [x["step"] for x in tail.new_lines()] == [1, 2]
+
+
 def test_progress_has_loss_speed_and_time_left(tmp_path, capsys):
     log = MetricsLog(tmp_path)
     log.write("train", 40, 1.6, loss=99.0, images_per_second=88.4)  # before: of an earlier start

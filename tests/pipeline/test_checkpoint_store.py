@@ -259,6 +259,34 @@ def test_a_run_folder_gives_its_best_checkpoint(tmp_path):
     assert load_model(checkpoint_path(tmp_path, 20))["step"] == 20
 
 
+@pytest.mark.parametrize("best", [True, False])
+@pytest.mark.parametrize("moment", ["as it is checked", "once it is checked"])
+def test_one_that_training_removes_meanwhile_gives_way_to_its_successor(
+    tmp_path, monkeypatch, capsys, best, moment
+):
+    def goes_on(step):
+        """As the training does: the new one is written, named the best, and the old one goes."""
+        saved(tmp_path, step)
+        if best:
+            saved(tmp_path, 90)  # newer, and not the best
+            (tmp_path / "best.json").write_text(json.dumps({"checkpoint": f"step-{step:08d}"}))
+        prune(tmp_path, 1, {step})
+
+    def checked(path):
+        monkeypatch.undo()
+        if moment == "as it is checked":
+            goes_on(30)
+        problem = check(path)
+        if moment == "once it is checked":
+            goes_on(30)
+        return problem
+
+    goes_on(10)
+    monkeypatch.setattr(pipeline.checkpoint_store, "check", checked)
+    assert load_model(tmp_path)["step"] == 30
+    assert capsys.readouterr().err == ""
+
+
 def test_a_damaged_best_gives_way_to_the_newest_and_it_is_said(tmp_path, capsys):
     saved(tmp_path, 20)
     flip_byte(saved(tmp_path, 10))

@@ -27,6 +27,7 @@ from pipeline.error_pictures import COLOURS, draw_errors, errors_of, worst
 from pipeline.evaluate import NAMES
 from pipeline.image_boxes import ImageBoxes
 from pipeline.recipes import recipe
+from tests.pipeline.training_runs import ENVIRONMENT, ROOT
 
 A, B, FAR = [0, 0, 40, 40], [50, 0, 40, 40], [10, 60, 30, 30]
 
@@ -226,6 +227,35 @@ def test_plain_weights(drawn, run, written, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate(run / "plain.pt", *data, "--weights", "plain") == 2
     assert "no training.pt" in capsys.readouterr().err
+
+
+A_BEST_IN_BETWEEN = """
+import os, sys
+from pipeline.__main__ import COMMANDS
+from pipeline.cli import main
+from pipeline.predict import Detector
+
+load = Detector.load
+if os.environ["RANK"] == "1":
+    Detector.load = staticmethod(lambda run, *given: load(run / "plain.pt", *given))
+sys.exit(main("evaluates", "", COMMANDS, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_one_checkpoint_whatever_training_does(
+    drawn, run, written, tmp_path
+):
+    script, results = tmp_path / "script.py", tmp_path / "results.json"
+    script.write_text(A_BEST_IN_BETWEEN)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(script), "evaluate", str(run), "--data", str(drawn.shards / "val")),
+        *("--results", str(results)),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(results.read_text()) == json.loads((written / "results.json").read_text())
 
 
 @pytest.mark.chaos

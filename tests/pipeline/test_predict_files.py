@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.image_files import ImageFiles, find_images
 from pipeline.predict import Detector
 from pipeline.predict_files import in_background
-from pipeline.prediction_files import picture_names
+from pipeline.prediction_files import picture_names, writing
 from tests.pipeline.made_up_detector import save_checkpoint
 
 
@@ -410,3 +410,15 @@ def test_boxes_at_the_edge_are_drawn(box):
     picture = Image.new("RGB", (640, 480))
     draw_labels(picture, [Label(box, 4, "x" * 200)])
     assert np.asarray(picture).any()
+
+
+def test_a_folder_that_another_command_has_begun_to_write_is_left_to_it(tmp_path):
+    """Both have found it new, and loaded their models since."""
+    labels = Labels((3,), ("cat",))
+    with (
+        writing(tmp_path, labels, {"mine": 1}),
+        pytest.raises(UserError, match="to which another command has begun to write"),
+        writing(tmp_path, labels, {}),
+    ):
+        pytest.fail("written to by both")
+    assert json.loads((tmp_path / "detections.json").read_text())["info"] == {"mine": 1}

@@ -211,6 +211,50 @@ def test_without_room_for_metrics_it_says_what_is_saved_and_goes_on_from_there(
     require_same_ends(folder, plain)
 
 
+FAILS_WHILE_IT_WRITES = """
+import sys, threading, time
+from filelock import FileLock, Timeout
+import pipeline.checkpoint
+from pipeline.__main__ import COMMANDS
+from pipeline.cli import main
+from pipeline.errors import UserError
+from pipeline.tracking import MetricsLog
+
+write, failed = pipeline.checkpoint.write, threading.Event()
+
+def slow(folder, *content):
+    failed.wait()
+    time.sleep(1)  # in which the training ends, but for this thread
+    try:
+        FileLock(folder / "lock", timeout=0).acquire()
+        print("another training may begin")
+    except Timeout:
+        print("held")
+    return write(folder, *content)
+
+def fail(self, kind, step, *given, **values):
+    if step == 2:
+        failed.set()
+        raise UserError("it failed")
+
+pipeline.checkpoint.write, MetricsLog.write = slow, fail
+sys.exit(main("fails", "", COMMANDS, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_failed_training_has_its_folder_until_its_checkpoint_is_written(drawn, tmp_path):
+    """Written later, it would be the newest beside those of the next training, and remove them."""
+    script, folder = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(FAILS_WHILE_IT_WRITES)
+    options = [*ALONE, "--engine.checkpoint-steps", 1]
+    arguments = command(drawn, "demo", folder, *options, script=str(script))
+    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: it failed\n")
+    assert done.stdout.splitlines()[-1] == "held"
+    assert checkpoint_steps(folder) == [1]
+
+
 @pytest.mark.parametrize(("saved", "last"), [("checkpoints/step-00000016", 16), ("", 15)])
 def test_a_step_that_the_run_has_not_taken_is_refused(tmp_path, saved, last):
     """Of 60 steps it has logged 15; a checkpoint or a bad step that it saved may be later."""
