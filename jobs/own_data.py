@@ -179,7 +179,8 @@ def prepare(options: OwnDataOptions) -> Path:
         step(f"converting {part}")
         data_prep(
             "convert", "--images", images, "--annotations", file,
-            "--output", output / "shards" / part,
+            # Nobody has looked at these files, and training would learn from damaged ones.
+            "--output", output / "shards" / part, "--decode",
         )  # fmt: skip
     return output / "shards"
 
@@ -193,6 +194,7 @@ def remember(output: Path, options: OwnDataOptions) -> None:
         "images": str(options.images.resolve()),
         "val_annotations": _digest(options.val_annotations) if options.val_annotations else "",
         "val_images": str(options.val_images.resolve()) if options.val_images else "",
+        "decode": True,
         **({} if options.val_annotations else split),
     }
     path = output / "data.json"

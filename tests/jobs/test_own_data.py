@@ -21,6 +21,7 @@ from model.detr import build_model
 from pipeline.checkpoint_store import Progress, write
 from pipeline.cli import _options_of, main
 from pipeline.config import RunConfig
+from pipeline.data.images import decode_image
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 from pipeline.evaluate import NAMES as SUMMARY
@@ -279,6 +280,24 @@ def test_photos_that_exif_turns_reach_the_remedy(tmp_path, capsys):
     assert said.count("\n") == 1
     assert "turn the files (exiftran -ai, or jpegtran)" in said
     assert "the labels can stay as they are" in said
+
+
+def test_a_picture_that_is_damaged_in_its_middle_is_left_out_and_named(own, tmp_path, capsys):
+    """Its size and its ends are right, and a decoder goes on behind the damage."""
+    pictures = shutil.copytree(own.images, tmp_path / "pictures")
+    name = own.content["images"][0]["file_name"]
+    whole = (pictures / name).read_bytes()
+    quarter = len(whole) // 4
+    damaged = whole[: 2 * quarter] + bytes(quarter) + whole[3 * quarter :]
+    (pictures / name).write_bytes(damaged)
+    decode_image(damaged)
+    data = SimpleNamespace(images=pictures, labels=own.labels)
+    assert train(data, tmp_path / "output", "--prepare-only") == 0
+    told = capsys.readouterr().out
+    assert "(1 corrupt image): " in told
+    assert "Corrupt JPEG data" in told
+    parts = [ShardSet(tmp_path / "output" / "shards" / part) for part in ("train", "val")]
+    assert sum(map(len, parts)) == len(own.content["images"]) - 1
 
 
 def test_a_validation_set_of_its_own(own, tmp_path, capsys):
