@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from jobs.artifacts import upload
 from jobs.parent_run import parent_of
 from jobs.registry import register
@@ -89,11 +91,12 @@ class Forwarder(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self.folder, self.uri, self.say = folder, uri, say
-        before = remembered(folder)
-        self.about = about or About.of(before["about"])
-        self.state = {"sent": {}, "run_id": "", **of_this_store(before, uri)}
-        self.state |= {"about": asdict(self.about), "delivered": ""}
-        self.remember()
+        with self.alone():
+            before = remembered(folder)
+            self.about = about or About.of(before["about"])
+            self.state = {"sent": {}, "run_id": "", **of_this_store(before, uri)}
+            self.state |= {"about": asdict(self.about), "delivered": ""}
+            self.remember()
         self.tails = [Tail(folder / "metrics.jsonl"), Tail(folder / SYSTEM_FILE)]
         self.pending: list[dict[str, Any]] = []
         self.done = threading.Event()
@@ -159,7 +162,12 @@ class Forwarder(threading.Thread):
         if self.about.grid:
             parent = parent_of(client, experiment, Path(self.about.grid), self.uri)
             tags = {**tags, "mlflow.parentRunId": parent}
-        run_id = made_once(client, experiment, self.folder.name, tags, self.state, self.remember)
+        with self.alone():
+            if not self.state["run_id"]:
+                made = of_this_store(remembered(self.folder), self.uri)
+                self.state |= {name: made.get(name, "") for name in ("key", "run_id")}
+            name = self.folder.name
+            run_id = made_once(client, experiment, name, tags, self.state, self.remember)
         # In each attempt: one that died here may have left some out. MLflow changes no param.
         had = client.get_run(run_id)
         self.send_params(client, had.data.params)
@@ -229,6 +237,11 @@ class Forwarder(threading.Thread):
             os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = before
         self.state["delivered"] = status
         self.remember()
+
+    def alone(self) -> FileLock:
+        """Two trainings may be begun in one folder at once: one will be refused, but both tell
+        MLflow of it."""
+        return FileLock(self.folder / "ray" / "mlflow.lock")
 
     def remember(self) -> None:
         # Aside where a run that has not begun may have files of its launcher.

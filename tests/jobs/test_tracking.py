@@ -1,11 +1,14 @@
 """Metrics reach MLflow once each, through restarts, rewinds and a server that is away."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from unittest.mock import Mock
 
 import mlflow
@@ -231,6 +234,27 @@ def test_an_attempt_that_died_while_it_made_the_run_leaves_one(folder):
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, log_every=7))
     third = Forwarder(folder, uri, about(config))
     assert third.try_to_send()
+
+
+def test_two_jobs_begun_at_once_in_a_folder_tell_one_run(folder, monkeypatch):
+    """One of them will be refused, but by then both have spoken to MLflow."""
+    uri = default_tracking_uri(folder)
+    barrier, create = Barrier(2, timeout=1.0), mlflow.MlflowClient.create_run
+
+    def together(*arguments, **options):
+        with contextlib.suppress(BrokenBarrierError):  # the other waits for this one
+            barrier.wait()
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_run", together)
+    both = [forwarder(folder, uri) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Forwarder.try_to_send, both))  # MLflow may take one's data sets later
+    assert all(one.try_to_send() for one in both)
+    assert both[0].state["run_id"] == both[1].state["run_id"]
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tests")
+    assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
 def test_classes_of_any_name_are_taken_by_mlflow(folder):
