@@ -1,5 +1,6 @@
 """New lines of a run's metrics file as they are written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Tail:
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
-            inode = self.path.stat().st_ino
+            inode = os.fstat(file.fileno()).st_ino  # not of the path, which may be another by now
             if inode != self.inode:
                 self.position, self.inode = 0, inode
             file.seek(self.position)

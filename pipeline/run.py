@@ -81,6 +81,12 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
         dist.barrier()
         set_determinism(config.engine.deterministic)
         kept, best = kept_steps(config, dataset), partial(publish_best, folder)
+        log = MetricsLog(folder)
+
+        def warn(progress: Progress, text: str) -> None:
+            epoch = progress.step / epoch_steps
+            log.write("event", progress.step, epoch, event="message", text=text)
+
         yield Run(
             config=config,
             folder=folder,
@@ -88,8 +94,8 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
             state=new_state(config, model.to(device), epoch_steps),
             criterion=build_criterion(config.model).to(device),
             device=device,
-            log=MetricsLog(folder),
-            checkpoints=CheckpointWriter(folder, config, dataset.labels, kept, best),
+            log=log,
+            checkpoints=CheckpointWriter(folder, config, dataset.labels, kept, best, warn),
             request=request,
             initial=initial,
             truth=ground_truth(dataset.val) if rank == 0 else None,

@@ -97,6 +97,26 @@ def test_a_tail_gives_whole_lines_and_starts_anew_after_a_rewind(tmp_path):
     assert [x["step"] for x in tail.new_lines()] == [1, 2]
 
 
+def test_a_tail_sees_a_rewind_that_falls_into_its_look(tmp_path, monkeypatch):
+    """The file that it has opened is the old one by then: of the new one nothing is read yet."""
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", step, step / 10, loss=1.0)
+    tail, whole = Tail(log.path), Path.open
+
+    def late(path, *given, **named):
+        opened = whole(path, *given, **named)
+        if given == ("rb",):
+            monkeypatch.setattr(Path, "open", whole)
+            log.rewind(1, 0)
+            log.write("train", 2, 0.2, loss=2.0)
+        return opened
+
+    monkeypatch.setattr(Path, "open", late)
+    assert [x["loss"] for x in tail.new_lines()] == [1.0, 1.0, 1.0]
+    assert [x["loss"] for x in tail.new_lines()] == [1.0, 2.0]
+
+
 def test_progress_has_loss_speed_and_time_left(tmp_path, capsys):
     log = MetricsLog(tmp_path)
     log.write("train", 40, 1.6, loss=99.0, images_per_second=88.4)  # before: of an earlier start
