@@ -216,6 +216,22 @@ def test_an_attempt_that_died_before_it_remembered_doubles_nothing(folder):
     assert history(uri, run_id, "system/disk_usage_percentage") == [(x, 10.0 + x) for x in range(5)]
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"sent"', b"[]", b"\xff"])
+def test_a_damaged_memory_ends_no_job_and_all_is_sent_anew(folder, capsys, damage):
+    uri = default_tracking_uri(folder)
+    MetricsLog(folder).write("train", 1, 0.1, loss=1.0)
+    first = forwarder(folder, uri)
+    assert first.try_to_send()
+    (folder / "mlflow.json").write_bytes(damage)
+    MetricsLog(folder).write("train", 2, 0.2, loss=0.5)
+    second = forwarder(folder, uri)
+    assert second.try_to_send()
+    assert history(uri, second.state["run_id"], "train/loss") == [(1, 1.0), (2, 0.5)]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"{folder}/mlflow.json is damaged: it is no")
+    assert said.endswith("; all of it is sent anew, to another MLflow run")
+
+
 def test_an_attempt_that_died_while_it_made_the_run_leaves_one(folder):
     uri = default_tracking_uri(folder)
     first = forwarder(folder, uri)
