@@ -47,12 +47,17 @@ def main() -> int:
         if status >= 0 or asked:
             return status if status >= 0 else 128 - status
         restarts = restarts or Restarts(Path(spec.folder), spec.restarts)
-        name = signal.Signals(-status).name
+        name = name_of(-status)
         if not restarts.allowed():
             memory = f"; where it was for memory: {LESS_MEMORY}" if name == "SIGKILL" else ""
             print(f"error: the driver was killed by {name}; {restarts.spent()}{memory}", flush=True)
             return 1
         print(f"the driver was killed by {name}; {restarts}", flush=True)
+
+
+def name_of(number: int) -> str:
+    """SIGKILL for 9; of a real-time signal, which has none of its own, the number."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 if __name__ == "__main__":

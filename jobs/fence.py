@@ -32,7 +32,7 @@ class Fence:
         """Whether this job has begun an attempt after that one."""
         try:
             present = json.loads(self.path.read_text(encoding="utf-8"))
-        except OSError:  # storage that is away cannot be written to either
+        except (OSError, ValueError):  # storage that is away cannot be written to either
             return False
         return present["job"] == self.job and present["attempt"] > number
 

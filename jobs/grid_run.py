@@ -77,7 +77,7 @@ class GridRunner:
         self.retried: dict[str, int] = {}
         self.evaluated: dict[str, float] = {}
         self.anew: set[str] = set()
-        self.silent_since = self.counted = 0.0
+        self.silent_since = self.unread_since = self.counted = 0.0
         self.places = 0
 
     def run(self, todo: Sequence[Entry], anew: Collection[str] = ()) -> None:
@@ -87,21 +87,45 @@ class GridRunner:
         try:
             self.adopt(queue)
             while queue or self.running:
-                jobs = self.jobs()
-                if jobs is not None:
-                    queue += self.collect(jobs)
-                    ready = [entry for entry in queue if not self.waits(entry, queue)]
-                    while ready and len(self.running) < self.room(ready[0]):
-                        if not self.start(ready[0]):
-                            break
-                        queue.remove(ready.pop(0))
-                self.tell_epochs()
-                self.prune()
+                try:
+                    self.look(queue)
+                    self.unread_since = 0.0
+                except OSError as error:  # what the cluster does not answer is told by `jobs`
+                    self.unread(error)
                 if queue or self.running:
                     time.sleep(POLL)
         except BaseException:
             self.stop()
             raise
+
+    def look(self, queue: list[Entry]) -> None:
+        """Takes note of what has ended, and starts what there is room for. Broken off where storage
+        fails, it can be done again."""
+        jobs = self.jobs()
+        if jobs is not None:
+            self.collect(jobs, queue)
+            if self.submitting:  # broken off in between: the cluster may have got it
+                entry = self.submitting[0]
+                if job := living(jobs, str(self.folder / entry.folder)):
+                    self.follow(entry, job)
+                    queue.remove(entry)
+            ready = [entry for entry in queue if not self.waits(entry, queue)]
+            while ready and len(self.running) < self.room(ready[0]):
+                if not self.start(ready[0]):
+                    break
+                queue.remove(ready.pop(0))
+        self.tell_epochs()
+        self.prune()
+
+    def unread(self, error: OSError) -> None:
+        """Says that storage fails; raises `error` where it does so for too long. The jobs, which
+        may see it from other nodes, go on."""
+        now = time.monotonic()
+        if not self.unread_since:
+            self.unread_since = now
+            self.say(f"storage does not answer ({first_line(error)}); looking again")
+        if now - self.unread_since > self.submission.patience:
+            raise error
 
     def adopt(self, queue: list[Entry]) -> None:
         """Takes over jobs that an earlier command has left on the cluster; a run that it left
@@ -164,8 +188,9 @@ class GridRunner:
     def start(self, entry: Entry) -> bool:
         """Submits the run; False where the cluster does not answer."""
         if entry.run in self.anew:
+            if (self.folder / entry.folder).exists():  # not moved, but for the answer, before
+                self.say(f"{entry.run}: the old run is now {set_aside(self.folder, entry)}")
             self.anew.remove(entry.run)
-            self.say(f"{entry.run}: the old run is now {set_aside(self.folder, entry)}")
         if (flag := self.flag(entry)) and self.pruning.stop:
             self.ended(entry, PRUNED, flag)
             return True
@@ -217,26 +242,22 @@ class GridRunner:
         self.submitting = None
         return attempts
 
-    def collect(self, jobs: dict[str, Any]) -> list[Entry]:
-        """Takes note of the jobs that have ended; returns the runs to be tried again."""
-        again = []
+    def collect(self, jobs: dict[str, Any], queue: list[Entry]) -> None:
+        """Takes note of the jobs that have ended; runs to be tried again join the queue."""
         for entry, job in list(self.running.values()):
             if job in jobs and not jobs[job].status.is_terminal():
                 continue
-            if job not in jobs:
-                self.ended(entry, FAILED, "the cluster no longer knows its job")
-                status = None
-            else:
+            outcome, error, status = FAILED, "the cluster no longer knows its job", None
+            if job in jobs:
                 self.tell_epochs_of(entry)
                 status = jobs[job].driver_exit_code
-                self.ended(entry, *self.outcome(entry, jobs[job]))
-            failed = Record.read(self.folder, entry.run).outcome == FAILED
+                outcome, error = self.outcome(entry, jobs[job])
+            self.ended(entry, outcome, error)
             tried = self.retried.get(entry.run, 0)
-            if failed and status != MISTAKE and tried < self.submission.retries:
+            if outcome == FAILED and status != MISTAKE and tried < self.submission.retries:
                 self.retried[entry.run] = tried + 1
                 self.say(f"{entry.run}: will be tried again")
-                again.append(entry)
-        return again
+                queue.append(entry)
 
     def outcome(self, entry: Entry, job: Any) -> tuple[str, str]:
         """How an attempt ended, and why where it failed."""
@@ -353,13 +374,7 @@ class GridRunner:
         deadline = time.monotonic() + ARRIVAL
         try:
             while True:
-                living = [
-                    name
-                    for name, found in (self.jobs() or {}).items()
-                    if (found.metadata or {}).get("folder") == folder
-                    and not found.status.is_terminal()
-                ]
-                job = living[0] if living else ""
+                job = living(self.jobs() or {}, folder)
                 if job or time.monotonic() > deadline:
                     break
                 time.sleep(0.5)
@@ -367,6 +382,18 @@ class GridRunner:
             if not job:
                 before.write(self.folder, entry.run)
         return job
+
+
+def living(jobs: dict[str, Any], folder: str) -> str:
+    """The job that trains in the folder; "" where none does."""
+    return next(
+        (
+            name
+            for name, found in jobs.items()
+            if (found.metadata or {}).get("folder") == folder and not found.status.is_terminal()
+        ),
+        "",
+    )
 
 
 def places(address: str, entry: Entry, spec: JobSpec) -> int:

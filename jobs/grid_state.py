@@ -214,8 +214,9 @@ def set_aside(grid: Path, entry: Entry) -> Path:
     while (aside / f"{entry.run}-{number}").exists():
         number += 1
     target = aside / f"{entry.run}-{number}"
-    folder.rename(target)
+    # Last: broken off before, the run is found changed once more.
     (grid / "records" / f"{entry.run}.json").unlink(missing_ok=True)
+    folder.rename(target)
     return target
 
 

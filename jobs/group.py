@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from jobs.spec import JOB_VARIABLE, JobSpec
 from jobs.stopping import ASKED, StopFile
 from pipeline.config import RunConfig
 from pipeline.errors import FolderInUse, UserError
+from pipeline.storage import patiently
 
 # Failures that would come again with every restart.
 PERMANENT = (UserError, FloatingPointError, ImportError)
@@ -67,12 +68,20 @@ class Group:
         self.need = {"CPU": spec.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
         self.fence = Fence(self.folder, os.environ[JOB_VARIABLE])
         self.request = StopFile(self.folder)
-        self.asked = False
+        self.asked = self.told = self.over = False
 
     def ask_to_stop(self) -> None:
-        """Has training save and end; may be called in a signal's handler."""
+        """Has training save and end; may be called in a signal's handler. Once training has ended,
+        no request is left behind: it would stop the next start."""
         self.asked = True
-        self.request.ask(ASKED)
+        self.tell()
+
+    def tell(self) -> None:
+        """Passes the request on, now or, where storage is away, at the next look."""
+        if not self.over:
+            with suppress(OSError):
+                self.request.ask(ASKED)
+                self.told = True
 
     def train(self) -> bool:
         """Trains to the end of the schedule, or until `ask_to_stop`; whether it is the end.
@@ -84,17 +93,17 @@ class Group:
         try:
             return self._train()
         finally:
-            self.request.withdraw()  # nobody is left to answer it
+            self.over = True
+            with suppress(OSError):  # storage that is away; the next job's driver withdraws it
+                patiently(self.request.withdraw)  # nobody is left to answer it
 
     def _train(self) -> bool:
         restarts = Restarts(self.folder, self.spec.restarts)
         while True:
-            self.request.withdraw()  # one that the group before has not lived to answer
-            if self.asked:
-                return False
             try:
-                reason = self.attempt()
-            except (TrainingFailedError, RayError) as error:
+                self.request.withdraw()  # one that the group before has not lived to answer
+                reason = ASKED if self.asked else self.attempt()
+            except (TrainingFailedError, RayError, OSError) as error:
                 cause = root_cause(error)
                 permanent = isinstance(cause, PERMANENT) and not isinstance(cause, FolderInUse)
                 if self.asked:
@@ -123,6 +132,8 @@ class Group:
             has_resources = bool(placement_groups("CREATED"))
             if self.asked and not has_resources:
                 return ASKED  # nothing has begun that could be saved
+            if self.asked and not self.told:
+                self.tell()
             waiting.look(has_resources)
             time.sleep(0.5)
         return outcome.result()

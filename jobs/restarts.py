@@ -12,6 +12,7 @@ class Restarts:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
+        self.newest = 0
         self.newest = self._newest_step()
         self.failures = 0
         self.killed_at: int | None = None  # step of the last kill for memory
@@ -26,7 +27,11 @@ class Restarts:
     def stuck(self) -> bool:
         """Notes that a process was killed for memory; whether the run has got no further since the
         one before. A third start would end as the second did."""
-        before, self.killed_at = self.killed_at, self._last_step()
+        before = self.killed_at
+        try:
+            self.killed_at = self._last_step()
+        except OSError:  # storage is away: it may well have got further
+            return False
         return before is not None and self.killed_at <= before
 
     def __str__(self) -> str:
@@ -40,18 +45,25 @@ class Restarts:
         )
 
     def _newest_step(self) -> int:
-        """Of the checkpoints that are intact: a damaged one is none to go on from."""
+        """Of the checkpoints that are intact: a damaged one is none to go on from. As before where
+        storage is away."""
         # Imports torch, which the job's parent process does without unless its child dies.
         from pipeline.checkpoint_store import newest_intact
 
-        newest = newest_intact(self.folder, lambda _: None)
+        try:
+            newest = newest_intact(self.folder, lambda _: None)
+        except OSError:
+            return self.newest
         return int(newest.name.removeprefix("step-")) if newest else 0
 
     def _last_step(self) -> int:
         """The last one that the run has logged or saved."""
+        from pipeline.storage import patiently
         from pipeline.tracking import read_lines
 
-        path = self.folder / "metrics.jsonl"
-        lines = read_lines(path) if path.exists() else []
+        try:
+            lines = patiently(lambda: read_lines(self.folder / "metrics.jsonl"))
+        except FileNotFoundError:
+            lines = []
         logged = (line["step"] for line in lines if line["kind"] == "train")
         return max(self._newest_step(), max(logged, default=0))

@@ -1,6 +1,7 @@
 """A checkpoint before Ray ends a worker group for a reason that is known beforehand."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,9 @@ class SaveFirst(WorkerGroupCallback, ControllerCallback):
 
     def after_worker_group_poll_status(self, worker_group_status: "WorkerGroupPollStatus") -> None:
         if not self.asked and worker_group_status.get_preemption_info() is not None:
-            self.asked = True
-            self.stop.ask(PREEMPTED)
+            with suppress(OSError):  # storage that is away; the next poll tries again
+                self.stop.ask(PREEMPTED)
+                self.asked = True
 
     def after_controller_state_update(
         self, previous_state: "TrainControllerState", current_state: "TrainControllerState"
@@ -35,6 +37,7 @@ class SaveFirst(WorkerGroupCallback, ControllerCallback):
         if current_state is previous_state:
             time.sleep(0.5)  # no room for the fewest workers: Ray would ask without a pause
         if isinstance(current_state, ResizingState):
-            self.stop.ask(RESIZED)
-            if not self.stop.wait(self.seconds):  # it has just finished, or is evaluating
-                self.stop.withdraw()
+            with suppress(OSError):  # storage that is away: the steps since the last are lost
+                self.stop.ask(RESIZED)
+                if not self.stop.wait(self.seconds):  # it has just finished, or is evaluating
+                    self.stop.withdraw()

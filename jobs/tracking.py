@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from pipeline.errors import UserError
+from pipeline.storage import patiently
 
 STATE_FILE = "mlflow.json"
 SYSTEM_FILE = "system.jsonl"  # written by jobs.system_metrics, which clients do without
@@ -142,9 +144,21 @@ def made_once(
 
 def remembered(folder: Path) -> dict[str, Any]:
     """A run's or a grid's `mlflow.json`: which MLflow run it is, and what that has had, so that
-    nothing is sent twice. Empty where MLflow was never told of the folder."""
+    nothing is sent twice. Empty where MLflow was never told of the folder, and where the file is
+    damaged, which is said: tracking must not end a training, and all of it can be sent again."""
     path = folder / STATE_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        content = json.loads(patiently(path.read_bytes))
+        why = "" if isinstance(content, dict) else "it is no JSON object"
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        why = f"it is not JSON ({error})"
+    if why:
+        said = f"{path} is damaged: {why}; all of it is sent anew, to another MLflow run"
+        print(said, file=sys.stderr, flush=True)
+        return {}
+    return content
 
 
 def of_this_store(state: dict[str, Any], uri: str) -> dict[str, Any]:

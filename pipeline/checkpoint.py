@@ -25,7 +25,9 @@ from pipeline.checkpoint_store import (
 from pipeline.config import RunConfig
 from pipeline.data.labels import Labels
 from pipeline.ema import Ema
+from pipeline.machine_errors import of_the_system
 from pipeline.meter import Meter
+from pipeline.storage import patiently
 from pipeline.training_state import gather, restore
 from pipeline.update import LossScale, Updater
 from pipeline.zero3 import is_partitioned, partition, weights_on_host, whole_copy
@@ -61,8 +63,8 @@ class State:
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, beside its training.
 
-    `saved(progress)` is called on rank 0, in the writing thread, once a checkpoint is whole. Those
-    of `kept_steps` are never removed.
+    On rank 0, in the writing thread, `saved(progress)` is called once a checkpoint is whole, and
+    `warn(progress, message)` where old ones cannot be removed. Those of `kept_steps` never are.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class CheckpointWriter:
         labels: Labels,
         kept_steps: frozenset[int],
         saved: Callable[[Progress], None],
+        warn: Callable[[Progress, str], None],
     ) -> None:
         self.folder, self.config, self.labels, self.saved = folder, config, labels, saved
-        self.kept_steps = kept_steps
+        self.kept_steps, self.warn = kept_steps, warn
+        self._told: set[str] = set()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -121,17 +125,33 @@ class CheckpointWriter:
 
     def _write(self, progress: Progress, model: dict[str, Any], training: Any) -> None:
         try:
-            write(self.folder, progress, model, training)
-            self.saved(progress)
-            keep = self.config.engine.keep_checkpoints
-            prune(self.folder, keep, self.kept_steps | {progress.best_step})
+            patiently(lambda: write(self.folder, progress, model, training))
         except OSError as error:
             self._failure = OSError(
                 f"the checkpoint after step {progress.step} cannot be written: {error}; those "
                 f"before it are intact, and the same command goes on from there"
             )
+            return
         except Exception as error:  # told by the training thread
             self._failure = error
+            return
+        try:
+            self.saved(progress)
+            self._prune(progress)
+        except Exception as error:
+            self._failure = error
+
+    def _prune(self, progress: Progress) -> None:
+        def once(message: str) -> None:
+            if message not in self._told:
+                self._told.add(message)
+                self.warn(progress, message)
+
+        keep, kept = self.config.engine.keep_checkpoints, self.kept_steps | {progress.best_step}
+        try:
+            prune(self.folder, progress.step, keep, kept, once)
+        except OSError as error:  # the folder's list cannot be read; the next time, maybe
+            once(f"old checkpoints cannot be removed: {of_the_system(error)}")
 
 
 class Clock:
@@ -161,8 +181,9 @@ def resume(state: State, folder: Path, warn: Callable[[str], None]) -> Progress 
 
 def load(state: State, path: Path) -> Progress:
     """Puts what has not trained yet where the checkpoint's run was."""
-    progress, training = load_progress(path), load_training(path)
-    weights = load_model(path)["model"]
+    progress = patiently(lambda: load_progress(path))
+    training = patiently(lambda: load_training(path))
+    weights = patiently(lambda: load_model(path))["model"]
     if state.ema:
         state.ema.restore(weights, training["ema_updates"])
     restore(state.engine, training, training.get("weights", weights), progress.step)

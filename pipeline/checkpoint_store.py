@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step-00000250` with the model as `model.pt`, what training
 needs beside it as `training.pt`, `progress.json`, and `manifest.json` with the SHA-256 of every
 file. A folder that does not match its manifest is not a checkpoint: a training that finds one moves
-it aside, as `step-00000250.damaged`. Reading executes no code.
+it aside, as `step-00000250.damaged`. One that the disk does not give, which may pass, is passed
+over and left as it is. Reading executes no code.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import torch
 from model.weights import why_unread
 from pipeline import torch_file
 from pipeline.errors import UserError
+from pipeline.machine_errors import of_the_system
+from pipeline.storage import PASSING, patiently
 from pipeline.whole_file import flush
 
 NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
@@ -87,63 +90,110 @@ def _write(text: str, file: Path) -> None:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of all checkpoints that the run folder has, intact or not, in order."""
-    names = [path.name for path in (folder / "checkpoints").glob("step-*") if path.is_dir()]
+    names = [path.name for path in _folders(folder)]
     return sorted(int(name[5:]) for name in names if NAME.fullmatch(name))
+
+
+def _folders(folder: Path, suffix: str = "") -> list[Path]:
+    """Those of checkpoints in the run folder, whole or not, with this suffix."""
+
+    def found() -> list[Path]:
+        # Path.glob finds nothing where it may not read: a run would begin anew.
+        with os.scandir(folder / "checkpoints") as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir()]
+
+    try:
+        return [p for p in patiently(found) if p.suffix == suffix and p.name.startswith("step-")]
+    except FileNotFoundError:
+        return []
 
 
 def newest_intact(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint of the run folder that matches its manifest. `warn(message)` is told of
-    every one that had to be passed over."""
-    newest, passed_over = _search(folder)
-    for path, problem in passed_over:
+    every one that had to be passed over. Raises `OSError` where there may be one that the disk does
+    not give, and none besides."""
+    found = _search(folder)
+    for path, problem in found.damaged:
         warn(f"checkpoint {path.name} is passed over: {problem}")
-    return newest
+    found.tell_unread(warn)
+    return found.newest
 
 
 def take_over(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from, for the one process that holds the run folder.
 
-    Ends what a killed process has left half done. Those passed over are moved aside, because they
-    would count as the latest: they are kept until a start passes over others."""
-    checkpoints = folder / "checkpoints"
-    for path in checkpoints.glob("step-*.old"):
+    Ends what a killed process has left half done. Damaged ones that are passed over are moved
+    aside: they are kept until a start passes over others. Raises as `newest_intact`."""
+    for path in _folders(folder, ".old"):
         final = path.with_suffix("")
         if check(final) is not None:  # killed between the two renames of `write`, or damaged since
             shutil.rmtree(final, ignore_errors=True)
             os.rename(path, final)
-    for left in (*checkpoints.glob("step-*.old"), *checkpoints.glob("step-*.partial")):
+    for left in (*_folders(folder, ".old"), *_folders(folder, ".partial")):
         shutil.rmtree(left, ignore_errors=True)
-    newest, passed_over = _search(folder)
-    if passed_over:
-        for earlier in checkpoints.glob("step-*.damaged"):
-            shutil.rmtree(earlier)
-    for path, problem in passed_over:
+    found = _search(folder)
+    if found.damaged:
+        for earlier in _folders(folder, ".damaged"):
+            shutil.rmtree(earlier, ignore_errors=True)
+    for path, problem in found.damaged:
         aside = path.with_suffix(".damaged")
-        os.rename(path, aside)
-        warn(f"checkpoint {path.name} is passed over: {problem}; it is kept as {aside.name}")
-    return newest
+        try:
+            os.rename(path, aside)
+            kept = f"it is kept as {aside.name}"
+        except OSError as error:
+            kept = f"it stays ({of_the_system(error)})"
+        warn(f"checkpoint {path.name} is passed over: {problem}; {kept}")
+    found.tell_unread(warn)
+    return found.newest
 
 
-def _search(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest intact checkpoint, and each newer one with what is wrong with it."""
-    steps = checkpoint_steps(folder)
+@dataclass(frozen=True)
+class Found:
+    """The newest intact checkpoint, and each newer one with what is wrong with it: damaged, or not
+    to be read now."""
+
+    newest: Path | None
+    damaged: list[tuple[Path, str]]
+    unread: list[tuple[Path, OSError]]
+
+    def tell_unread(self, warn: Callable[[str], None]) -> None:
+        if self.unread and self.newest is None:  # all would be lost
+            raise self.unread[0][1]
+        for path, error in self.unread:
+            why = error.strerror or str(error)
+            warn(f"checkpoint {path.name} is passed over: it cannot be read ({why}); it stays")
+
+
+def _search(folder: Path) -> Found:
     while True:
-        passed_over: list[tuple[Path, str]] = []
-        for step in reversed(steps):
-            path = checkpoint_path(folder, step)
+        steps = checkpoint_steps(folder)
+        found = _search_among(folder, steps)
+        if found.newest or steps == checkpoint_steps(folder):
+            return found  # else a training has removed them for newer ones
+
+
+def _search_among(folder: Path, steps: list[int]) -> Found:
+    found = Found(None, [], [])
+    for step in reversed(steps):
+        path = checkpoint_path(folder, step)
+        try:
             problem = check(path)
-            if problem is None:
-                return path, passed_over
-            passed_over.append((path, problem))
-        before, steps = steps, checkpoint_steps(folder)
-        if steps == before:  # else a training has removed them for newer ones
-            return None, passed_over
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            found.unread.append((path, error))
+            continue
+        if problem is None:
+            return replace(found, newest=path)
+        found.damaged.append((path, problem))
+    return found
 
 
 def check(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None where every file matches its digest."""
+    """What is wrong with a checkpoint folder, or None where every file matches its digest. Raises
+    `OSError` where the disk does not give it, not even after pauses."""
     try:
-        return _check(path)
+        return patiently(lambda: _check(path))
     except FileNotFoundError as error:  # a training prunes it at this moment
         return f"{Path(error.filename).name} is missing"
 
@@ -156,8 +206,8 @@ def _check(path: Path) -> str | None:
         digests = json.loads(manifest.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         return f"its {MANIFEST} is not JSON ({error})"
-    if not isinstance(digests, dict) or not digests:
-        return f"its {MANIFEST} does not name files with their digests"
+    if not isinstance(digests, dict) or "model.pt" not in digests:
+        return f"its {MANIFEST} does not name the files with their digests"
     for name, expected in digests.items():
         file = path / name
         if "\0" in name or not file.is_file():
@@ -222,6 +272,8 @@ def load_model(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore", UserWarning)  # of pickles in other protocols
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind trips the reader in every way there is
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise OSError(error.errno, error.strerror, str(file)) from None
         raise UserError(f"{file} cannot be read as a checkpoint: {why_unread(error)}") from None
     if not isinstance(content, dict) or "model" not in content:
         raise UserError(f"{file} is not a model.pt; give the checkpoint's folder or its model.pt")
@@ -308,11 +360,22 @@ def _named_best(file: Path) -> str:
     return name
 
 
-def prune(folder: Path, keep: int, kept_steps: Collection[int]) -> None:
-    """Removes checkpoints; the latest `keep` and those of `kept_steps` stay."""
-    for step in checkpoint_steps(folder)[:-keep]:
-        if step not in kept_steps:
-            shutil.rmtree(checkpoint_path(folder, step))
+def prune(
+    folder: Path, step: int, keep: int, kept_steps: Collection[int], warn: Callable[[str], None]
+) -> None:
+    """Removes checkpoints up to `step`; the latest `keep` of them and those of `kept_steps` stay.
+
+    Later ones are left: the run went on from an earlier one, because they could not be read.
+    `warn(message)` is told of what cannot be removed.
+    """
+    for old in [x for x in checkpoint_steps(folder) if x <= step][:-keep]:
+        if old not in kept_steps:
+            try:
+                shutil.rmtree(checkpoint_path(folder, old))
+            except FileNotFoundError:  # by somebody else, meanwhile
+                pass
+            except OSError as error:
+                warn(f"an old checkpoint cannot be removed: {of_the_system(error)}")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -333,5 +396,8 @@ def _flush_run(folder: Path) -> None:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:  # of reading, it would not be named
+        raise OSError(error.errno, error.strerror, str(file)) from None

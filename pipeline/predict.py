@@ -38,7 +38,8 @@ def naming_checkpoint(path: str | Path) -> Iterator[None]:
         yield
     except FloatingPointError as error:
         raise UserError(
-            f"checkpoint {path}: {error}; it is of a training that diverged, give an earlier one"
+            f"checkpoint {path}: {error}; no object can be found with these weights, give others, "
+            f"such as an earlier checkpoint's"
         ) from error
 
 

@@ -81,7 +81,13 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
         dist.barrier()
         set_determinism(config.engine.deterministic)
         kept, best = kept_steps(config, dataset), partial(publish_best, folder)
-        checkpoints = CheckpointWriter(folder, config, dataset.labels, kept, best)
+        log = MetricsLog(folder)
+
+        def warn(progress: Progress, text: str) -> None:
+            epoch = progress.step / epoch_steps
+            log.write("event", progress.step, epoch, event="message", text=text)
+
+        checkpoints = CheckpointWriter(folder, config, dataset.labels, kept, best, warn)
         try:
             yield Run(
                 config=config,
@@ -90,7 +96,7 @@ def started(config: RunConfig, folder: Path) -> Iterator[Run]:
                 state=new_state(config, model.to(device), epoch_steps),
                 criterion=build_criterion(config.model).to(device),
                 device=device,
-                log=MetricsLog(folder),
+                log=log,
                 checkpoints=checkpoints,
                 request=request,
                 initial=initial,

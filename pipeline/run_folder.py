@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from pipeline.errors import FolderInUse, UserError
 from pipeline.evaluate import Evaluation
 from pipeline.machine_errors import of_the_system
 from pipeline.stop import STOP_FILE
+from pipeline.storage import PASSING, patiently
+from pipeline.tracking import read_lines
 from pipeline.whole_file import PARTIAL, write_whole
 
 # What may be in the folder of a run that has not begun: of its launcher, and the lock.
 BEFORE_A_RUN = frozenset(("ray", "mlflow.json", "lock", STOP_FILE))
 DYING = 60.0  # seconds in which processes of a killed training are gone
+CLASS = "AP/"  # before a class's name in the log
 DIGESTS = ("config_digest", "train_digest", "val_digest")
 
 
@@ -40,9 +43,10 @@ def hold(folder: Path, holds: bool) -> Iterator[None]:
     if not holds:
         yield
         return
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file, expected a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"--output {folder} is a file, expected a folder") from None
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=DYING)
@@ -106,7 +110,9 @@ def saying_what_is_saved(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        newest = newest_intact(folder, lambda _: None)
+        newest = None
+        with suppress(OSError):  # of the same storage
+            newest = newest_intact(folder, lambda _: None)
         if error.errno is None or newest is None:
             raise
         raise OSError(
@@ -162,7 +168,12 @@ def publish_best(folder: Path, progress: Progress) -> None:
     if progress.best_step < 0:
         (folder / "best.json").unlink(missing_ok=True)
         return
-    evaluation = json.loads(_evaluation_path(folder, progress.best_step).read_text("utf-8"))
+    evaluation = _evaluation(folder, progress.best_step)
+    if evaluation is None:
+        raise UserError(
+            f"{_evaluation_path(folder, progress.best_step)} is missing, and metrics.jsonl has no "
+            f"evaluation of the step; put a copy of it back"
+        )
     name = checkpoint_path(folder, progress.best_step).name
     _write_json(folder / "best.json", {"checkpoint": name, **evaluation})
 
@@ -173,13 +184,62 @@ def best_evaluated(folder: Path, progress: Progress) -> tuple[float, int]:
     before it was in a checkpoint, is not one: made again, it may be another on a GPU."""
     steps = [progress.best_step, *checkpoint_steps(folder)]
     found = [(-1.0, -1)]
-    for step in {step for step in steps if step <= progress.step}:
-        path = _evaluation_path(folder, step)
-        if path.exists() and check(checkpoint_path(folder, step)) is None:
-            evaluation = json.loads(path.read_text("utf-8"))
-            if evaluation["epoch"] <= progress.epoch:
-                found.append((evaluation["summary"]["AP"], step))
+    for step in {step for step in steps if 0 <= step <= progress.step}:
+        evaluation = _evaluation(folder, step)
+        if evaluation and evaluation["epoch"] <= progress.epoch and _may_be_whole(folder, step):
+            found.append((evaluation["summary"]["AP"], step))
     return max(found, key=lambda pair: (pair[0], -pair[1]))
+
+
+def _may_be_whole(folder: Path, step: int) -> bool:
+    """Whether the step's checkpoint is intact, or the disk does not give it now: then it is kept
+    as if it were."""
+    try:
+        return check(checkpoint_path(folder, step)) is None
+    except OSError as error:
+        if error.errno not in PASSING:
+            raise
+        return True
+
+
+def _evaluation(folder: Path, step: int) -> dict[str, Any] | None:
+    """What was written of the step's evaluation; made again from the log where it is damaged. None
+    where there is none. Raises `UserError` where it is damaged and not in the log either."""
+    path = _evaluation_path(folder, step)
+    try:
+        text = patiently(path.read_bytes)
+    except FileNotFoundError:
+        return None
+    if (evaluation := _parsed(text)) is not None:
+        return evaluation
+    logged = [
+        line
+        for line in read_lines(folder / "metrics.jsonl")
+        if line["kind"] == "evaluation" and line["step"] == step
+    ]
+    if not logged:
+        raise UserError(
+            f"{path} is damaged, and metrics.jsonl has no evaluation of the step; put a copy of it "
+            f"back, or remove it: then the best of the others counts"
+        )
+    values = {k: v for k, v in logged[-1].items() if k not in ("kind", "step", "time", "epoch")}
+    evaluation = {
+        "epoch": int(logged[-1]["epoch"]),
+        "summary": {k: v for k, v in values.items() if not k.startswith(CLASS)},
+        "per_class": {k.removeprefix(CLASS): v for k, v in values.items() if k.startswith(CLASS)},
+    }
+    _write_json(path, evaluation)
+    return evaluation
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """An evaluation as it was written, or None where the text is none."""
+    try:
+        content = json.loads(text)
+        whole = isinstance(content["epoch"], int) and isinstance(content["per_class"], dict)
+        return content if whole and isinstance(content["summary"]["AP"], int | float) else None
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
 
 
 def _evaluation_path(folder: Path, step: int) -> Path:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage import patiently
 from pipeline.whole_file import write_whole
 
 
@@ -30,9 +31,11 @@ class MetricsLog:
     def rewind(self, step: int, epoch: int) -> None:
         """Drops what was logged after `step`, and evaluations after `epoch`: the run goes on from
         there."""
-        if not self.path.exists():
+        try:
+            lines = patiently(lambda: read_lines(self.path))
+        except FileNotFoundError:
             return
-        lines = [line for line in read_lines(self.path) if line["step"] <= step]
+        lines = [line for line in lines if line["step"] <= step]
         kept = [line for line in lines if line["kind"] != "evaluation" or line["epoch"] <= epoch]
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 

@@ -6,6 +6,7 @@ import reprlib
 import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from pipeline.data.urls import check_url
 from pipeline.errors import UserError
+from pipeline.storage import patiently
 
 if TYPE_CHECKING:
     from pipeline.data.cache import ShardCache
@@ -48,7 +50,10 @@ class ShardSet:
         self.folder = _without_scheme(str(location)).rstrip("/") or "/"
         remote = is_remote(self.folder)
         check_url(self.folder)
-        manifest = _remote_manifest(self.folder) if remote else _read_manifest(Path(self.folder))
+        if remote:
+            manifest = _remote_manifest(self.folder)
+        else:
+            manifest = patiently(partial(_read_manifest, Path(self.folder)))
         self.digest: str = manifest["digest"]
         self.header: dict[str, Any] = manifest["header"]
         self.categories: list[dict[str, Any]] = manifest["categories"]

@@ -1,5 +1,6 @@
 """What a grid says of its cells after it was interrupted or killed: what is so, at any instant."""
 
+import errno
 import itertools
 import multiprocessing
 import os
@@ -233,6 +234,68 @@ def test_jobs_that_are_still_saving_at_a_second_interrupt_are_not_running(
     ending_by(interrupted, runner, found)
     assert sorted(told) == ["made-a-seed42-0", "made-b-seed42-0"]
     assert outcomes(tmp_path, found) == {"a": (STOPPED, 1), "b": (STOPPED, 1)}
+
+
+def test_wherever_storage_fails_the_jobs_go_on_and_each_cell_ends_well(
+    cluster, tmp_path, monkeypatch
+):
+    """Once, at each time that something is read or written: in its place, or after it was done."""
+    found, _, of_cluster, _ = cluster("a", "b", parallel=1)
+    touched, fail_at = [], [0]
+
+    def touching(whole):
+        def failing(*given, **named):
+            touched.append(whole)
+            if len(touched) == fail_at[0]:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            done = whole(*given, **named)
+            touched.append(whole)
+            if len(touched) == fail_at[0]:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return done
+
+        return failing
+
+    def run(number):
+        folder = tmp_path / str(number)
+        said, client = [], ScriptedCluster(found, folder, a=[1, 0], b=[0])
+        pruning = replace(of_cluster.pruning, folder=folder)
+        runner = GridRunner(client, folder, of_cluster.submission, said.append, pruning)
+        pretend(folder / found[1].folder, found[1].config, 3)  # to be set aside
+        touched.clear()
+        fail_at[0] = number
+        with monkeypatch.context() as patched:
+            for name in ("read", "write"):
+                patched.setattr(Record, name, touching(getattr(Record, name)))
+            for name in ("progress", "set_aside"):
+                patched.setattr(grid_run, name, touching(getattr(grid_run, name)))
+            patched.setattr(GridRunner, "keep_log", touching(GridRunner.keep_log))
+            patched.setattr(GridRunner, "adopt", lambda *_: None)  # before: no job runs yet
+            runner.run(found, {found[1].run})
+        assert outcomes(folder, found) == {"a": (DONE, 2), "b": (DONE, 1)}, (number, said)
+        assert client.order.count("a") == 2
+        assert client.order.count("b") == 1
+        assert sum("Stale file handle); looking again" in line for line in said) == (number > 0)
+        assert (folder / "replaced" / "b-seed42-1" / "metrics.jsonl").exists()
+        return len(touched)
+
+    for number in range(1, run(0) + 1):
+        run(number)
+
+
+def test_storage_that_stays_away_ends_the_command_once_patience_does(
+    cluster, tmp_path, monkeypatch
+):
+    found, _, runner, _ = cluster("a", patience=-1.0, a=[0])
+    monkeypatch.setattr(runner, "adopt", lambda _: None)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grid_run, "progress", stale)
+        with pytest.raises(OSError, match="Stale file handle"):
+            runner.run(found)
 
 
 class InterruptAt:

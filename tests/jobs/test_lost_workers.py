@@ -1,6 +1,11 @@
 """Jobs whose processes are killed or lost: when they end, and the one line that says why."""
 
 import asyncio
+import errno
+import os
+import time
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
@@ -8,13 +13,15 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from jobs import driver
-from jobs.group import Group, root_cause
+from jobs import group as of_group
+from jobs.group import FINISHED, Group, root_cause
 from jobs.launch import finish, last_error
 from jobs.lost import WorkersLost, of_supervisor
 from jobs.restarts import Restarts
 from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
 from jobs.stopping import ASKED
 from jobs.submit import _stream
+from pipeline import storage
 from pipeline.checkpoint_store import Progress, write
 from pipeline.errors import Unreachable, UserError
 from pipeline.recipes import recipe
@@ -81,6 +88,59 @@ def test_a_stop_that_no_worker_has_answered_is_not_left_in_the_folder(group, fai
     group.attempt = attempt
     assert not group.train()
     assert not group.request.path.exists()
+
+
+def test_a_stop_that_comes_after_the_end_is_not_left_in_the_folder(group):
+    """While what is left is sent to MLflow, which may take a minute."""
+    group.attempt = lambda: FINISHED
+    assert group.train()
+    group.ask_to_stop()
+    assert not group.request.path.exists()
+
+
+def stale(*_):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_a_stop_that_storage_did_not_take_is_passed_on_once_it_does(group, monkeypatch):
+    """Else the job would train on until it is killed, and lose what it has not saved."""
+    monkeypatch.setattr(of_group, "release", lambda: None)
+    monkeypatch.setattr(of_group, "placement_groups", lambda _: ["one"])
+
+    def fulfil(outcome):
+        with monkeypatch.context() as patched, suppress(OSError):
+            patched.setattr(os, "replace", stale)
+            group.ask_to_stop()
+        assert not group.request.path.exists()
+        deadline = time.monotonic() + 20
+        while not group.request.path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        outcome.set_result(group.request.answer() if group.request.path.exists() else FINISHED)
+
+    group.fulfil = fulfil
+    assert not group.train()
+
+
+def test_storage_that_fails_as_a_group_begins_is_a_failure_that_may_pass(
+    group, monkeypatch, capsys
+):
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    monkeypatch.setattr(of_group, "release", lambda: None)
+    monkeypatch.setattr(of_group, "placement_groups", lambda _: [])
+    begin, left = group.fence.begin, [True, True]
+
+    def seldom():
+        if left:
+            left.pop()
+            stale()
+        return begin()
+
+    group.fence.begin = seldom
+    group.trainer = lambda attempt: SimpleNamespace(
+        fit=lambda: SimpleNamespace(return_value=FINISHED)
+    )
+    assert group.train()
+    assert capsys.readouterr().out.count("Stale file handle; restart ") == 2
 
 
 def test_a_new_checkpoint_is_getting_on(tmp_path):

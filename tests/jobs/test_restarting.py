@@ -1,5 +1,6 @@
 """What decides whether a job starts over, stops or waits, without a cluster."""
 
+import errno
 import os
 import re
 import shutil
@@ -18,12 +19,15 @@ from jobs.lost import in_a_line
 from jobs.process_group import interface_of
 from jobs.resources import Waiting, room, wants_gpu
 from jobs.restarts import Restarts
+from jobs.save_first import SaveFirst
 from jobs.spec import JOB_VARIABLE, SPEC_VARIABLE, JobSpec
 from jobs.stopping import ASKED, PREEMPTED, StopFile
 from jobs.submit import submit
+from pipeline import storage
 from pipeline.checkpoint_store import Progress, write
 from pipeline.errors import UserError
 from pipeline.recipes import recipe
+from pipeline.tracking import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +57,52 @@ def test_a_damaged_checkpoint_is_none_to_count_from(tmp_path):
         assert restarts.allowed()
     assert "restart 1 of 1 since the checkpoint of step 8" in str(restarts)
     assert not restarts.allowed()
+
+
+def away(path, *_):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+
+def test_storage_that_is_away_is_one_failure_more(tmp_path, monkeypatch):
+    """Not a traceback in the place of the restart; what counts is known again afterwards."""
+    checkpoint(tmp_path, 5)
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    restarts = Restarts(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", away)
+        assert Restarts(tmp_path, 1).allowed()
+        assert restarts.allowed()
+        assert restarts.allowed()
+        assert not restarts.allowed()
+    checkpoint(tmp_path, 6)
+    assert restarts.allowed()
+    assert "restart 1 of 2 since the checkpoint of step 6" in str(restarts)
+
+
+def test_storage_that_is_away_does_not_make_a_run_stuck(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    restarts, log = Restarts(tmp_path, 3), MetricsLog(tmp_path)
+    log.write("train", 100, 1.0, loss=1.0)
+    assert not restarts.stuck()
+    log.write("train", 200, 2.0, loss=1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", away)
+        assert not restarts.stuck()
+    assert not restarts.stuck()
+    assert restarts.stuck()
+
+
+def test_a_preemption_is_told_after_the_storage_was_away(tmp_path, monkeypatch):
+    status = SimpleNamespace(get_preemption_info=lambda: "soon")
+    callback = SaveFirst(tmp_path, 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", away)
+        callback.after_worker_group_poll_status(status)
+    assert not callback.stop.path.exists()
+    callback.after_worker_group_poll_status(status)
+    assert callback.stop.answer() == PREEMPTED
+    callback.after_worker_group_poll_status(status)
+    assert not callback.stop.path.exists()  # it is told once
 
 
 def test_a_stop_is_answered_with_its_reason_once(tmp_path):
@@ -86,6 +136,7 @@ class Drivers:
         (["exit 0"], 0, 0),
         (["exit 2"], 2, 0),  # a user's mistake comes again
         (["kill -9 $$", "kill -11 $$", "exit 0"], 0, 2),
+        (["kill -40 $$", "exit 0"], 0, 1),  # a real-time signal, which has no name
         (["kill -9 $$"] * 3, 1, 3),
     ],
 )
@@ -97,7 +148,8 @@ def test_a_killed_driver_is_started_again(commands, status, said, tmp_path, monk
     monkeypatch.setattr(entry.signal, "signal", lambda *_: None)
     assert entry.main() == status
     assert drivers.left == []
-    assert capsys.readouterr().out.count("the driver was killed by SIG") == said
+    told = re.findall(r"the driver was killed by (SIG\w+|signal 40);", capsys.readouterr().out)
+    assert len(told) == said
 
 
 def test_a_stop_that_comes_between_two_drivers_is_passed_on(tmp_path, monkeypatch):
@@ -124,6 +176,8 @@ def test_an_earlier_attempt_of_the_same_job_is_over(tmp_path):
     assert fence.over(first)
     assert not fence.over(second)
     assert not other.over(theirs)
+    fence.path.write_text("{")
+    assert not fence.over(first)
     shutil.rmtree(tmp_path / "ray")
     assert not fence.over(first)
 

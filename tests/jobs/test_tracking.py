@@ -100,22 +100,24 @@ def test_a_tail_gives_whole_lines_and_starts_anew_after_a_rewind(tmp_path):
     assert [x["step"] for x in tail.new_lines()] == [1, 2]
 
 
-def test_a_tail_of_what_is_replaced_as_it_is_opened_starts_anew(tmp_path, monkeypatch):
-    log, opened = MetricsLog(tmp_path), Path.open
+def test_a_tail_sees_a_rewind_that_falls_into_its_look(tmp_path, monkeypatch):
+    """The file that it has opened is the old one by then: of the new one nothing is read yet."""
+    log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write("train", step, step / 10, loss=1.0)
+    tail, whole = Tail(log.path), Path.open
 
-    def resumed_meanwhile(*arguments):
-        file = opened(*arguments)
-        monkeypatch.undo()
-        log.rewind(1, 0)
-        log.write("train", 2, 0.2, loss=2.0)
-        return file
+    def late(path, *given, **named):
+        opened = whole(path, *given, **named)
+        if given == ("rb",):
+            monkeypatch.setattr(Path, "open", whole)
+            log.rewind(1, 0)
+            log.write("train", 2, 0.2, loss=2.0)
+        return opened
 
-    tail = Tail(log.path)
-    monkeypatch.setattr(Path, "open", resumed_meanwhile)
-    assert [x["step"] for x in tail.new_lines()] == [1, 2, 3]
-    assert [x["step"] for x in tail.new_lines()] == [1, 2]
+    monkeypatch.setattr(Path, "open", late)
+    assert [x["loss"] for x in tail.new_lines()] == [1.0, 1.0, 1.0]
+    assert [x["loss"] for x in tail.new_lines()] == [1.0, 2.0]
 
 
 def test_progress_has_loss_speed_and_time_left(tmp_path, capsys):
@@ -215,6 +217,22 @@ def test_an_attempt_that_died_before_it_remembered_doubles_nothing(folder):
     run_id = second.state["run_id"]
     assert history(uri, run_id, "val/AP") == [(3, 0.5)]
     assert history(uri, run_id, "system/disk_usage_percentage") == [(x, 10.0 + x) for x in range(5)]
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"sent"', b"[]", b"\xff"])
+def test_a_damaged_memory_ends_no_job_and_all_is_sent_anew(folder, capsys, damage):
+    uri = default_tracking_uri(folder)
+    MetricsLog(folder).write("train", 1, 0.1, loss=1.0)
+    first = forwarder(folder, uri)
+    assert first.try_to_send()
+    (folder / "mlflow.json").write_bytes(damage)
+    MetricsLog(folder).write("train", 2, 0.2, loss=0.5)
+    second = forwarder(folder, uri)
+    assert second.try_to_send()
+    assert history(uri, second.state["run_id"], "train/loss") == [(1, 1.0), (2, 0.5)]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"{folder}/mlflow.json is damaged: it is no")
+    assert said.endswith("; all of it is sent anew, to another MLflow run")
 
 
 def test_an_attempt_that_died_while_it_made_the_run_leaves_one(folder):

@@ -381,7 +381,7 @@ def test_a_run_that_diverges_before_an_evaluation_stops_with_one_line(
     assert str(folder / "non_finite" / "step-00000003-rank-0.pt") in said
 
 
-def test_a_checkpoint_of_a_training_that_diverged_is_refused(drawn, tmp_path, capsys):
+def test_weights_that_find_nothing_are_refused(drawn, tmp_path, capsys):
     shards = ShardSet(drawn.shards / "val")
     save_checkpoint(tmp_path / "model.pt", build_labels(shards.categories, "contiguous"))
     content = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -398,4 +398,4 @@ def test_a_checkpoint_of_a_training_that_diverged_is_refused(drawn, tmp_path, ca
         assert main("python -m pipeline", "", COMMANDS, [str(x) for x in given]) == 2
         (said,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
         assert f"checkpoint {tmp_path / 'model.pt'}: predictions are not finite: pred_lo" in said
-        assert "it is of a training that diverged, give an earlier one" in said
+        assert "no object can be found with these weights, give others, such as an earlier" in said

@@ -1,14 +1,18 @@
 """Damaged checkpoints are found and passed over; nothing but whole ones is loaded or kept."""
 
+import errno
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import pipeline.checkpoint_store
+from pipeline import storage
+from pipeline.checkpoint import CheckpointWriter
 from pipeline.checkpoint_store import (
     Progress,
     check,
@@ -22,11 +26,18 @@ from pipeline.checkpoint_store import (
     take_over,
     write,
 )
+from pipeline.data.labels import Labels
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluation
 from pipeline.follow import Tail
 from pipeline.machine_errors import of_the_system
-from pipeline.run_folder import best_evaluated, saying_what_is_saved, write_evaluation
+from pipeline.recipes import recipe
+from pipeline.run_folder import (
+    best_evaluated,
+    publish_best,
+    saying_what_is_saved,
+    write_evaluation,
+)
 from pipeline.tracking import MetricsLog, read_lines
 
 
@@ -58,6 +69,12 @@ def as_folder(file):
     file.mkdir()
 
 
+def forget(manifest, name):
+    content = json.loads(manifest.read_text())
+    del content[name]
+    manifest.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -68,6 +85,8 @@ def as_folder(file):
         (lambda path: (path / "model.pt").unlink(), r"model\.pt is missing"),
         (lambda path: (path / "manifest.json").unlink(), r"no manifest\.json"),
         (lambda path: (path / "manifest.json").write_text('{"a"'), "not JSON"),
+        (lambda path: (path / "manifest.json").write_text("{}"), "does not name the files"),
+        (lambda path: forget(path / "manifest.json", "model.pt"), "does not name the files"),
         (lambda path: (path / "model.pt").write_bytes(b""), "SHA-256"),
     ],
 )
@@ -113,7 +132,7 @@ def test_what_was_passed_over_does_not_count_as_the_latest(tmp_path):
     ]
     for step, left in ((7, [5, 7]), (8, [7, 8])):
         saved(tmp_path, step)
-        prune(tmp_path, 2, set())
+        prune(tmp_path, step, 2, set(), pytest.fail)
         assert checkpoint_steps(tmp_path) == left
     assert newest_intact(tmp_path, pytest.fail) == checkpoint_path(tmp_path, 8)
 
@@ -178,7 +197,7 @@ def test_other_names_are_no_checkpoints(tmp_path):
     (path.parent / "step-00000099").touch()
     assert checkpoint_steps(tmp_path) == [10, 123456789]
     assert take_over(tmp_path, pytest.fail) == path
-    prune(tmp_path, 1, set())
+    prune(tmp_path, 123456789, 1, set(), pytest.fail)
     assert checkpoint_steps(tmp_path) == [123456789]
 
 
@@ -245,9 +264,149 @@ def test_a_damaged_checkpoint_is_written_again(tmp_path):
 def test_the_latest_and_the_best_are_kept(tmp_path):
     for step in (10, 20, 30, 40):
         saved(tmp_path, step)
-    prune(tmp_path, keep=2, kept_steps={10})
+    prune(tmp_path, 40, keep=2, kept_steps={10}, warn=pytest.fail)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-00000010", "step-00000030", "step-00000040"]
+
+
+def failing(monkeypatch, where, name, fails):
+    """Has `where.name(path, …)` fail as a disk does, for the paths (or names) of which `fails`."""
+    whole = getattr(where, name)
+
+    def failed(path, *given, **named):
+        if fails(str(path)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return whole(path, *given, **named)
+
+    monkeypatch.setattr(where, name, failed)
+
+
+@pytest.fixture
+def tries(monkeypatch):
+    """Seconds of the pauses so far, which take none."""
+    slept = []
+    monkeypatch.setattr(storage.time, "sleep", slept.append)
+    return slept
+
+
+def test_one_that_the_disk_does_not_give_gives_way_and_stays(tmp_path, monkeypatch, tries):
+    """It is neither removed as damaged nor, later, as old; nor does it make the others old."""
+    for step in (5, 10, 20):
+        saved(tmp_path, step)
+    flip_byte(checkpoint_path(tmp_path, 10))
+    said = []
+    with monkeypatch.context() as patched:
+        failing(patched, Path, "open", lambda path: "20/training.pt" in path)
+        assert take_over(tmp_path, said.append) == checkpoint_path(tmp_path, 5)
+        assert tries == list(storage.PAUSES)
+        saved(tmp_path, 7)
+        prune(tmp_path, 7, 1, set(), pytest.fail)
+        assert newest_intact(tmp_path, lambda _: None) == checkpoint_path(tmp_path, 7)
+    assert "step-00000010 is passed over: training.pt is not what was written" in said[0]
+    assert said[1:] == [
+        "checkpoint step-00000020 is passed over: it cannot be read (Input/output error); it stays"
+    ]
+    assert names(tmp_path) == ["step-00000007", "step-00000010.damaged", "step-00000020"]
+    assert take_over(tmp_path, pytest.fail) == checkpoint_path(tmp_path, 20)
+
+
+def test_a_disk_that_is_away_for_a_moment_costs_nothing(tmp_path, monkeypatch, tries):
+    saved(tmp_path, 10)
+    newest = saved(tmp_path, 20)
+    for where, name in ((os, "scandir"), (Path, "open"), (Path, "stat")):
+        tries.clear()
+        with monkeypatch.context() as patched:
+            failing(patched, where, name, lambda _: len(tries) < 2)
+            assert take_over(tmp_path, pytest.fail) == newest
+        assert len(tries) == 2
+
+
+def test_where_none_can_be_read_nothing_begins_anew(tmp_path, monkeypatch, tries):
+    flip_byte(saved(tmp_path, 10))
+    saved(tmp_path, 20)
+    for where, name in ((os, "scandir"), (Path, "open")):
+        for take in (take_over, newest_intact):
+            with monkeypatch.context() as patched:
+                failing(patched, where, name, lambda path: not path.endswith(".damaged"))
+                with pytest.raises(OSError, match="Input/output error"):
+                    take(tmp_path, lambda _: None)
+    assert take_over(tmp_path, lambda _: None) == checkpoint_path(tmp_path, 20)
+
+
+def test_a_model_that_the_disk_does_not_give_is_not_called_damaged(tmp_path, monkeypatch):
+    """Of a job it would be the user's mistake, with which no start is tried again."""
+    path = saved(tmp_path, 10)
+    failing(monkeypatch, torch.serialization, "_open_file_like", lambda _: True)
+    with pytest.raises(OSError, match="Input/output error") as told:
+        load_model(path)
+    assert of_the_system(told.value).startswith(f"{path}/model.pt: Input/output error")
+
+
+def test_damaged_ones_that_cannot_be_moved_or_removed_keep_no_run_from_going_on(
+    tmp_path, monkeypatch
+):
+    before = saved(tmp_path, 10)
+    flip_byte(saved(tmp_path, 20))
+    (before.parent / "step-00000030.damaged").mkdir()
+    said = []
+    with monkeypatch.context() as patched:
+        failing(patched, os, "rmdir", lambda _: True)
+        failing(patched, os, "rename", lambda _: True)
+        assert take_over(tmp_path, said.append) == before
+    assert "step-00000020 is passed over: training.pt is not what" in said[0]
+    assert "; it stays (" in said[0]
+    saved(tmp_path, 11)
+    prune(tmp_path, 11, 1, set(), pytest.fail)  # which the damaged one, of a later step, spares
+    assert take_over(tmp_path, lambda _: None) == checkpoint_path(tmp_path, 11)
+
+
+def test_an_old_one_that_cannot_be_removed_is_told_and_the_others_are(tmp_path, monkeypatch):
+    for step in (10, 20, 30):
+        saved(tmp_path, step)
+    failing(monkeypatch, pipeline.checkpoint_store.shutil, "rmtree", lambda path: "10" in path)
+    said = []
+    prune(tmp_path, 30, 1, set(), said.append)
+    (told,) = said
+    assert told.startswith(
+        f"an old checkpoint cannot be removed: {checkpoint_path(tmp_path, 10)}: Input/output error"
+    )
+    assert names(tmp_path) == ["step-00000010", "step-00000030"]
+
+
+def written(folder, steps, warn):
+    """Checkpoints of the steps, as training has them written: the last one is kept."""
+    config = recipe("demo")
+    config = replace(config, engine=replace(config.engine, keep_checkpoints=1))
+    kept = frozenset()
+    writer = CheckpointWriter(folder, config, Labels((1,), ("a",)), kept, lambda _: None, warn)
+    for step in steps:
+        writer._write(Progress(step), {"w": torch.ones(2)}, {})
+        writer.wait()
+
+
+def test_a_run_goes_on_where_old_ones_cannot_be_removed_and_it_is_told_once(tmp_path, monkeypatch):
+    failing(monkeypatch, pipeline.checkpoint_store.shutil, "rmtree", lambda path: path[-2:] == "10")
+    said = []
+    written(tmp_path, (10, 20, 30), lambda progress, text: said.append((progress.step, text)))
+    ((step, text),) = said
+    assert step == 20
+    assert "an old checkpoint cannot be removed" in text
+    assert names(tmp_path) == ["step-00000010", "step-00000030"]
+
+
+def test_a_checkpoint_is_written_again_after_the_disk_was_away(tmp_path, monkeypatch, tries):
+    """Wherever it failed; the step before is not lost, nor is training ended."""
+    for where, name in ((os, "rename"), (os, "fsync"), (Path, "open"), (os, "mkdir")):
+        tries.clear()
+        with monkeypatch.context() as patched:
+            failing(patched, where, name, lambda _: not tries)
+            written(tmp_path, (10,), pytest.fail)
+        assert len(tries) == 1
+        assert check(checkpoint_path(tmp_path, 10)) is None
+        assert names(tmp_path) == ["step-00000010"]
+    failing(monkeypatch, os, "rename", lambda _: True)
+    with pytest.raises(OSError, match=r"the checkpoint after step 20 cannot be written: .*Input"):
+        written(tmp_path, (20,), pytest.fail)
 
 
 def test_a_run_folder_gives_its_best_checkpoint(tmp_path):
@@ -311,6 +470,33 @@ def test_the_best_that_is_left_is_found(tmp_path):
     assert best_evaluated(tmp_path, Progress(25, 2, 0, 0.5, 20)) == (0.3, 20)
 
 
+def test_the_best_stays_the_best_while_the_disk_does_not_give_it(tmp_path, monkeypatch, tries):
+    """Else pruning would remove it."""
+    for step, ap in ((10, 0.5), (20, 0.3)):
+        saved(tmp_path, step)
+        write_evaluation(tmp_path, step, 1, Evaluation({"AP": ap}, {}, []))
+    failing(monkeypatch, Path, "open", lambda path: "10/model.pt" in path)
+    assert best_evaluated(tmp_path, Progress(20, 1, 0, 0.5, 10)) == (0.5, 10)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[]", b'{"epoch": 1}', b"[" * 10**5])
+def test_a_damaged_evaluation_is_made_again_from_the_log(tmp_path, damage):
+    saved(tmp_path, 10)
+    write_evaluation(tmp_path, 10, 1, Evaluation({"AP": 0.5, "AP50": 0.7}, {"a/b": 0.25}, []))
+    path = tmp_path / "evaluations" / "step-00000010.json"
+    before = json.loads(path.read_text())
+    path.write_bytes(damage)
+    progress = Progress(10, 1, 0, 0.5, 10)
+    MetricsLog(tmp_path).write("train", 10, 1.0, loss=1.0)
+    with pytest.raises(UserError, match=r"step-00000010\.json is damaged, and metrics\.jsonl"):
+        publish_best(tmp_path, progress)
+    MetricsLog(tmp_path).write("evaluation", 10, 1.0, AP=0.5, AP50=0.7, **{"AP/a/b": 0.25})
+    assert best_evaluated(tmp_path, progress) == (0.5, 10)
+    assert json.loads(path.read_text()) == before
+    publish_best(tmp_path, progress)
+    assert json.loads((tmp_path / "best.json").read_text())["summary"] == before["summary"]
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
         load_model(tmp_path)
@@ -370,7 +556,7 @@ def test_what_is_no_line_of_metrics_is_left_out(tmp_path):
     assert len(log.path.read_bytes().splitlines()) == 2
 
 
-def test_a_disk_without_room_for_a_line_is_told_with_what_is_saved(tmp_path):
+def test_a_disk_without_room_for_a_line_is_told_with_what_is_saved(tmp_path, monkeypatch, tries):
     log = MetricsLog(tmp_path)
     full = f"{log.path}: No space left on device; free some, or choose a place on another disk"
 
@@ -384,6 +570,10 @@ def test_a_disk_without_room_for_a_line_is_told_with_what_is_saved(tmp_path):
     log.path.unlink()
     saved(tmp_path, 10)
     flip_byte(saved(tmp_path, 20))
+    with monkeypatch.context() as patched:  # nor can the checkpoints be read
+        failing(patched, os, "scandir", lambda _: True)
+        assert said() == full
+    log.path.unlink()
     assert said() == (
         f"{full}; the run's checkpoints are intact, and the same command goes on from step-00000010"
     )

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import storage
 from pipeline.data.augment import Example, Geometry
 from pipeline.data.batch import MEAN, STD, collate, decode
 from pipeline.data.labels import build_labels
@@ -35,6 +36,21 @@ from pipeline.machine_errors import in_a_line
 from tests.pipeline.test_resumed_batches import config_for
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_manifest_is_read_after_the_storage_was_away(drawn, monkeypatch):
+    """Else the job of a node that starts in that moment would end as by its user's mistake."""
+    slept, whole = [], Path.read_bytes
+
+    def seldom(path):
+        if len(slept) < 2:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return whole(path)
+
+    monkeypatch.setattr(storage.time, "sleep", slept.append)
+    monkeypatch.setattr(Path, "read_bytes", seldom)
+    assert len(ShardSet(drawn.shards / "val")) > 0
+    assert slept == [*storage.PAUSES[:2]]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

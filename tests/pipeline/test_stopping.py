@@ -255,6 +255,38 @@ def test_a_failed_training_has_its_folder_until_its_checkpoint_is_written(drawn,
     assert checkpoint_steps(folder) == [1]
 
 
+KEPT_OPEN = """
+import errno, os, shutil, sys
+from pipeline.__main__ import COMMANDS
+from pipeline.cli import main
+
+rmtree = shutil.rmtree
+
+def refused(path, *given, **named):
+    if str(path).endswith("step-00000002"):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+    rmtree(path, *given, **named)
+
+shutil.rmtree = refused
+sys.exit(main("kept open", "", COMMANDS, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(drawn, plain, tmp_path):
+    script, folder = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(KEPT_OPEN)
+    options = [*ALONE, "--engine.checkpoint-steps", 2]
+    run(command(drawn, "demo", folder, *options, script=str(script)))
+    (said,) = [x["text"] for x in events(folder, "message") if "removed" in x["text"]]
+    assert said == (
+        f"an old checkpoint cannot be removed: {checkpoint_path(folder, 2)}: Operation not "
+        f"permitted; change its permissions, or choose another place"
+    )
+    assert checkpoint_steps(folder)[0] == 2
+    require_same_ends(folder, plain)
+
+
 @pytest.mark.parametrize(("saved", "last"), [("checkpoints/step-00000016", 16), ("", 15)])
 def test_a_step_that_the_run_has_not_taken_is_refused(tmp_path, saved, last):
     """Of 60 steps it has logged 15; a checkpoint or a bad step that it saved may be later."""

@@ -48,7 +48,7 @@ def leave_a_run(folder: Path) -> None:
         ema.update(engine.module)
     state = State(engine, Updater(engine, config), ema, Meter(BATCH, torch.device("cpu")))
     labels = Labels((1,), ("shape",))
-    writer = CheckpointWriter(folder, config, labels, frozenset(), lambda progress: None)
+    writer = CheckpointWriter(folder, config, labels, frozenset(), *2 * (lambda *_: None,))
     writer.save(state, Progress(STEP, 1))
     writer.wait()
 

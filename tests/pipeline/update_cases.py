@@ -103,7 +103,7 @@ def resumed(folder: Path) -> list[dict]:
         state.updater.backward(loss_of(state.engine(images(0)), 1) * factor, last=True)
         assert state.updater.step() == (factor == 1)
     labels = Labels((1,), ("thing",))
-    writer = CheckpointWriter(folder, config, labels, frozenset(), lambda _: None)
+    writer = CheckpointWriter(folder, config, labels, frozenset(), *2 * (lambda *_: None,))
     writer.save(state, Progress(step=2))
     writer.wait()
     dist.barrier()
