@@ -429,7 +429,7 @@ def test_one_that_training_removes_meanwhile_gives_way_to_its_successor(
         if best:
             saved(tmp_path, 90)  # newer, and not the best
             (tmp_path / "best.json").write_text(json.dumps({"checkpoint": f"step-{step:08d}"}))
-        prune(tmp_path, 1, {step})
+        prune(tmp_path, 90, 1, {step}, pytest.fail)
 
     def checked(path):
         monkeypatch.undo()
