@@ -281,7 +281,10 @@ def _one_line(panel: str) -> str:
     if missing:  # what tyro lists then are the options given that it does not know
         given = f"; got {', '.join(nearest)}, which is none" if nearest else ""
         return f"{rows[0]} {', '.join(missing)}{given}"
-    return f"{message}; did you mean {nearest[0]}?" if nearest else message
+    # Below a value that cannot be read tyro shows the help of the option that was given.
+    if nearest and not message.startswith("Error parsing"):
+        return f"{message}; did you mean {nearest[0]}?"
+    return message
 
 
 def _is_rule(row: str) -> bool:

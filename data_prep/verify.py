@@ -175,18 +175,18 @@ def _verify_sample(task: _Task, where: str, row: _Row, data: bytes) -> _Found:
     if (sample.key, image.get("id"), len(annotations)) != expected:
         why = f"holds {sample.key} with {len(annotations)} annotations, the index says {row[5]}"
         return one("damaged sample", why)
+    name = f"{sample.key}.{sample.extension}"
     try:
         header = read_image_header(sample.image)
         if task.decode:
             decode_image(sample.image)
     except TruncatedImage as error:
-        return one("truncated image", str(error))
+        return one("truncated image", f"{name}: {error}")
     except UnsupportedImage as error:
-        return one("unsupported image", str(error))
+        return one("unsupported image", f"{name}: {error}")
     except ValueError as error:
-        return one("corrupt image", str(error))
+        return one("corrupt image", f"{name}: {error}")
     size = (header.width, header.height)
-    name = f"{sample.key}.{sample.extension}"
     recorded = (image.get("width"), image.get("height"))
     problems, ids = [], []
     for told in ((row.width, row.height), recorded):

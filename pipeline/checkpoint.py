@@ -127,8 +127,10 @@ class CheckpointWriter:
         try:
             patiently(lambda: write(self.folder, progress, model, training))
         except OSError as error:
+            # A write to a full disk does not tell the file that it was for.
+            reason = error if error.filename else f"{self.folder}: {error}"
             self._failure = OSError(
-                f"the checkpoint after step {progress.step} cannot be written: {error}; those "
+                f"the checkpoint after step {progress.step} cannot be written: {reason}; those "
                 f"before it are intact, and the same command goes on from there"
             )
             return

@@ -33,6 +33,13 @@ def test_a_misspelled_option_is_one_line_without_line_characters_too(command, mo
     fails(command("stats", "x", "--outptu", "y"), "--output")
 
 
+def test_a_value_that_is_no_number_gets_no_hint_of_the_option_that_was_given(command):
+    paths = ["--images", "x", "--annotations", "y", "--output", "z"]
+    result = command("convert", *paths, "--seed", "x")
+    fails(result, "parsing --seed: invalid literal for int() with base 10: 'x'")
+    assert "did you mean" not in result.stderr
+
+
 def fails(result, message):
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""

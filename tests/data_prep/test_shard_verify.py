@@ -102,7 +102,10 @@ def test_decoding_finds_what_headers_do_not_show(small, encoded):
     (small.images / "0.jpg").write_bytes(png)
     convert(*small.arguments)
     assert verify(small.output) == []
-    assert kinds(small.output, decode=True) == {"corrupt image"}
+    (problem,) = verify(small.output, decode=True)
+    assert problem.kind == "corrupt image"
+    # The line names the sample: a shard holds a thousand.
+    assert f"shard-000000.tar: {problem.image_id:012d}.png: " in problem.detail
 
 
 @pytest.mark.parametrize(

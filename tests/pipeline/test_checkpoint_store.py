@@ -409,6 +409,18 @@ def test_a_checkpoint_is_written_again_after_the_disk_was_away(tmp_path, monkeyp
         written(tmp_path, (20,), pytest.fail)
 
 
+def test_a_full_disk_is_named_by_its_folder(tmp_path, monkeypatch):
+    """The system's own words for it are "No space left on device", and no file."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pipeline.checkpoint, "write", full)
+    with pytest.raises(OSError, match="cannot be written") as caught:
+        written(tmp_path, (10,), pytest.fail)
+    assert f"cannot be written: {tmp_path}: [Errno 28] No space left on device" in str(caught.value)
+
+
 def test_a_run_folder_gives_its_best_checkpoint(tmp_path):
     saved(tmp_path, 10)
     saved(tmp_path, 20)
