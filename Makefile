@@ -35,7 +35,7 @@ check: setup
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
 
-# Kills at random and cut networks; about half an hour. Its cluster is of this machine alone.
+# Kills at random and cut networks; about an hour. Its cluster is of this machine alone.
 chaos: setup
 	@$(BIN)/python -m pytest -m chaos
 
