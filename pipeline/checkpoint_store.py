@@ -25,7 +25,7 @@ import torch
 from model.weights import why_unread
 from pipeline import torch_file
 from pipeline.errors import UserError
-from pipeline.machine_errors import of_the_system
+from pipeline.machine_errors import naming, of_the_system
 from pipeline.storage import PASSING, patiently
 from pipeline.whole_file import flush
 
@@ -148,7 +148,7 @@ def take_over(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class _Found:
     """The newest intact checkpoint, and each newer one with what is wrong with it: damaged, or not
     to be read now."""
 
@@ -164,7 +164,7 @@ class Found:
             warn(f"checkpoint {path.name} is passed over: it cannot be read ({why}); it stays")
 
 
-def _search(folder: Path) -> Found:
+def _search(folder: Path) -> _Found:
     while True:
         steps = checkpoint_steps(folder)
         found = _search_among(folder, steps)
@@ -172,8 +172,8 @@ def _search(folder: Path) -> Found:
             return found  # else a training has removed them for newer ones
 
 
-def _search_among(folder: Path, steps: list[int]) -> Found:
-    found = Found(None, [], [])
+def _search_among(folder: Path, steps: list[int]) -> _Found:
+    found = _Found(None, [], [])
     for step in reversed(steps):
         path = checkpoint_path(folder, step)
         try:
@@ -396,8 +396,5 @@ def _flush_run(folder: Path) -> None:
 
 
 def _sha256(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:  # of reading, it would not be named
-        raise OSError(error.errno, error.strerror, str(file)) from None
+    with naming(file), file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

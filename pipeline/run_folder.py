@@ -171,8 +171,8 @@ def publish_best(folder: Path, progress: Progress) -> None:
     evaluation = _evaluation(folder, progress.best_step)
     if evaluation is None:
         raise UserError(
-            f"{_evaluation_path(folder, progress.best_step)} is missing, and metrics.jsonl has no "
-            f"evaluation of the step; put a copy of it back"
+            f"{_evaluation_path(folder, progress.best_step)}, of the best checkpoint, is missing; "
+            f"put a copy of it back"
         )
     name = checkpoint_path(folder, progress.best_step).name
     _write_json(folder / "best.json", {"checkpoint": name, **evaluation})

@@ -509,6 +509,12 @@ def test_a_damaged_evaluation_is_made_again_from_the_log(tmp_path, damage):
     assert json.loads((tmp_path / "best.json").read_text())["summary"] == before["summary"]
 
 
+def test_a_best_whose_evaluation_is_gone_is_told(tmp_path):
+    saved(tmp_path, 10)
+    with pytest.raises(UserError, match=r"step-00000010\.json, of the best checkpoint, is missing"):
+        publish_best(tmp_path, Progress(10, 1, 0, 0.5, 10))
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
         load_model(tmp_path)
